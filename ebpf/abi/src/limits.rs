@@ -1,0 +1,39 @@
+//! Sizes of maps, each with its reckoning and what happens at the limit.
+
+/// Workloads with a network namespace of their own. A node runs 110 to 500 pods; nested and dying ones double it.
+/// At the limit the enrolment fails and the workload stays closed.
+pub const WORKLOADS_MAX: u32 = 4_096;
+
+/// Own addresses over all workloads: 16 for each of [`WORKLOADS_MAX`]. At the limit the enrolment fails.
+pub const OWN_ADDRESSES_MAX: u32 = 65_536;
+
+/// Own addresses of one namespace: link-local and global ones of a handful of interfaces.
+/// At the limit the enrolment, or the change of addresses, fails.
+pub const STEER_ADDRESSES_MAX: u32 = 64;
+
+/// Ports of one namespace with a rule of their own. At the limit the enrolment fails.
+pub const STEER_PORTS_MAX: u32 = 1_024;
+
+/// Connections of host workloads that the daemon has not accepted yet. Entries live from the SYN to the accept, so this is
+/// the number of half-open connects. At the limit a further captured connect gets no route and times out: closed.
+pub const ORIGINS_MAX: u32 = 65_536;
+
+/// Connections that the daemon delivers inside the host's namespace at one time, as many as a node serves (60,000).
+/// At the limit the delivery fails and the client is reset.
+pub const DELIVERIES_MAX: u32 = 65_536;
+
+/// Slots of the counters: reasons from 0, verdicts from [`crate::reason::VERDICT_BASE`].
+pub const COUNTERS_MAX: u32 = 64;
+
+/// Slots of the node's state.
+pub const STATE_MAX: u32 = 8;
+
+/// Listeners of one namespace: one for each `SocketSlot`.
+pub const SOCKETS_MAX: u32 = 3;
+
+/// Bytes of a workload's key, "<namespace>_<name>": 63 for a namespace, 253 for a name, and the separator.
+pub const KEY_LEN_MAX: usize = 320;
+
+/// How long after its end a connection of a host workload is still attributed, in nanoseconds. The kernel keeps the port
+/// pair in TIME_WAIT for at least 1 s before it may be used again, so no other socket can own it within this time.
+pub const ORIGIN_AFTER_CLOSE_NANOS: u64 = 1_000_000_000;

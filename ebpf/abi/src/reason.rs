@@ -1,0 +1,133 @@
+//! What the kernel counts. The number is the slot in the map `COUNTERS`, the label is the value in metrics.
+
+/// Why the kernel side refused or dropped something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum DropReason {
+    /// A connect was refused because its socket could not be marked.
+    MarkFailed = 0,
+    /// A connect was refused because its socket could not be recorded as captured.
+    RecordFailed = 1,
+    /// A segment of a captured connection was about to leave by a real interface (T-1, T-5).
+    CapturedEgress = 2,
+    /// A reset for a captured connect that waits for a daemon was held back (T-3).
+    ResetWhileWaiting = 3,
+    /// No outbound listener: the daemon is away.
+    NoOutboundListener = 4,
+    /// No inbound listener: the daemon is away.
+    NoInboundListener = 5,
+    /// No tunnel listener: the daemon is away.
+    NoTunnelListener = 6,
+    /// The kernel did not take the listener that the slot names.
+    SteerFailed = 7,
+    /// The origin of a host workload's connect could not be published; the connect finds no route.
+    OriginFailed = 8,
+    /// A socket that listens kept its record or mark, because clearing failed.
+    ClearFailed = 9,
+}
+
+impl DropReason {
+    /// All reasons, in the order of their numbers.
+    pub const ALL: [Self; 10] = [
+        Self::MarkFailed,
+        Self::RecordFailed,
+        Self::CapturedEgress,
+        Self::ResetWhileWaiting,
+        Self::NoOutboundListener,
+        Self::NoInboundListener,
+        Self::NoTunnelListener,
+        Self::SteerFailed,
+        Self::OriginFailed,
+        Self::ClearFailed,
+    ];
+
+    /// The slot in the map `COUNTERS`.
+    pub const fn slot(self) -> u32 {
+        self as u32
+    }
+
+    /// The label in metrics and logs.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::MarkFailed => "mark_failed",
+            Self::RecordFailed => "record_failed",
+            Self::CapturedEgress => "captured_egress",
+            Self::ResetWhileWaiting => "reset_while_waiting",
+            Self::NoOutboundListener => "no_outbound_listener",
+            Self::NoInboundListener => "no_inbound_listener",
+            Self::NoTunnelListener => "no_tunnel_listener",
+            Self::SteerFailed => "steer_failed",
+            Self::OriginFailed => "origin_failed",
+            Self::ClearFailed => "clear_failed",
+        }
+    }
+}
+
+/// What the kernel side did with a connection that it let go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum Verdict {
+    /// A connect was marked and recorded.
+    Captured = VERDICT_BASE,
+    /// A connect of an enrolled workload was left alone: loopback or an own address.
+    PassedConnect = VERDICT_BASE + 1,
+    /// A connect of the daemon itself.
+    PassedExempt = VERDICT_BASE + 2,
+    /// An arriving connection was left alone: local, or an exempt port.
+    PassedArrival = VERDICT_BASE + 3,
+    /// Handed to the outbound listener.
+    SteeredOutbound = VERDICT_BASE + 4,
+    /// Handed to the inbound listener.
+    SteeredInbound = VERDICT_BASE + 5,
+    /// Handed to the tunnel listener.
+    SteeredTunnel = VERDICT_BASE + 6,
+}
+
+impl Verdict {
+    /// All verdicts, in the order of their numbers.
+    pub const ALL: [Self; 7] = [
+        Self::Captured,
+        Self::PassedConnect,
+        Self::PassedExempt,
+        Self::PassedArrival,
+        Self::SteeredOutbound,
+        Self::SteeredInbound,
+        Self::SteeredTunnel,
+    ];
+
+    /// The slot in the map `COUNTERS`.
+    pub const fn slot(self) -> u32 {
+        self as u32
+    }
+
+    /// The label in metrics and logs.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Captured => "captured",
+            Self::PassedConnect => "passed_connect",
+            Self::PassedExempt => "passed_exempt",
+            Self::PassedArrival => "passed_arrival",
+            Self::SteeredOutbound => "steered_outbound",
+            Self::SteeredInbound => "steered_inbound",
+            Self::SteeredTunnel => "steered_tunnel",
+        }
+    }
+}
+
+/// First slot of the verdicts.
+pub const VERDICT_BASE: u32 = 32;
+
+const _: () = {
+    let mut slot = 0;
+    while slot < DropReason::ALL.len() {
+        assert!(DropReason::ALL[slot].slot() as usize == slot);
+        slot += 1;
+    }
+    let mut slot = 0;
+    while slot < Verdict::ALL.len() {
+        assert!(Verdict::ALL[slot].slot() as usize == VERDICT_BASE as usize + slot);
+        slot += 1;
+    }
+    assert!(DropReason::ALL.len() <= VERDICT_BASE as usize);
+    assert!(VERDICT_BASE as usize + Verdict::ALL.len() <= crate::limits::COUNTERS_MAX as usize);
+};

@@ -1,0 +1,64 @@
+//! Lets the daemon read and write these layouts through aya.
+
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::{
+    flow::{Address, Delivery, Origin, Tuple},
+    workload::{CapturedRecord, ExemptRecord, OwnAddressKey, SteerMeta, WorkloadNumber, WorkloadValue},
+};
+
+impl From<IpAddr> for Address {
+    fn from(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(v4) => Self::v4(v4.octets()),
+            IpAddr::V6(v6) => Self(v6.octets()),
+        }
+    }
+}
+
+impl From<Address> for IpAddr {
+    fn from(address: Address) -> Self {
+        Ipv6Addr::from(address.0).to_canonical()
+    }
+}
+
+impl From<Ipv4Addr> for Address {
+    fn from(address: Ipv4Addr) -> Self {
+        Self::v4(address.octets())
+    }
+}
+
+impl Tuple {
+    /// The connection from `source` to `target`.
+    pub fn new(source: SocketAddr, target: SocketAddr) -> Self {
+        Self {
+            source: source.ip().into(),
+            target: target.ip().into(),
+            source_port: source.port(),
+            target_port: target.port(),
+        }
+    }
+}
+
+macro_rules! plain {
+    ($($layout:ty),+ $(,)?) => {
+        $(
+            // SAFETY: the type is `repr(C)` or `repr(transparent)`, has no padding (sizes are asserted beside the
+            // definitions), no pointers, and every bit pattern is a value of it.
+            unsafe impl aya::Pod for $layout {}
+        )+
+    };
+}
+
+plain!(
+    Address,
+    CapturedRecord,
+    Delivery,
+    ExemptRecord,
+    Origin,
+    OwnAddressKey,
+    SteerMeta,
+    Tuple,
+    WorkloadNumber,
+    WorkloadValue,
+);
