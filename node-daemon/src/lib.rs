@@ -1,1 +1,3 @@
+//! A node's daemon: everything that reads, writes, listens or waits. Decisions are in [`node_core`].
 
+pub mod telemetry;

@@ -1,0 +1,392 @@
+//! The counters behind `/metrics`, each fed by one kind of event.
+//!
+//! Names and labels of the `istio_` ones are Istio's standard metrics; those of our own begin with `culvert_`.
+
+use std::{fmt, sync::atomic::AtomicU64, sync::atomic::Ordering, time::SystemTime, time::UNIX_EPOCH};
+
+use ebpf_abi::reason::{DropReason, Verdict as KernelVerdict};
+use node_core::workload::ObjectName;
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+use spiffe_id::SpiffeId;
+
+use super::event::{ConnectionRecord, Direction, Endpoint, Ends, Event, Verdict};
+
+/// Label sets of one metric: 500 workloads of a node with 8 peers each. Beyond it, what is new is counted under
+/// [`OTHER`] in every label, and [`LABEL_SETS_LIMIT`] is counted.
+pub const LABEL_SETS_MAX: usize = 4_096;
+
+/// Name of the limit [`LABEL_SETS_MAX`].
+pub const LABEL_SETS_LIMIT: &str = "label_sets";
+
+/// The value of every label beyond [`LABEL_SETS_MAX`].
+pub const OTHER: &str = "other";
+
+/// The value of a label that is not known, as in Istio.
+const UNKNOWN: &str = "unknown";
+
+/// All metrics of a daemon.
+pub struct Metrics {
+    registry: Registry,
+    opened: Family<ConnectionLabels, Counter>,
+    closed: Family<ConnectionLabels, Counter>,
+    sent_bytes: Family<ConnectionLabels, Counter>,
+    received_bytes: Family<ConnectionLabels, Counter>,
+    denials: Family<DenialLabels, Counter>,
+    kernel_drops: Family<ReasonLabels, Counter<u64, AtomicU64>>,
+    kernel_verdicts: Family<VerdictLabels, Counter<u64, AtomicU64>>,
+    unmeshed: Gauge,
+    certificate_expiry: Family<IdentityLabels, Gauge>,
+    certificates_issued: Counter,
+    certificate_failures: Counter,
+    authority_failures: Counter,
+    limits: Family<LimitLabels, Counter>,
+    enrolled: Gauge,
+    refusals: Family<ReasonLabels, Counter>,
+    repairs: Counter,
+    snapshot: Gauge,
+    document_problems: Gauge,
+    documents_refused: Counter,
+    kernel_failures: Counter,
+    accept_failures: Counter,
+    ready: Gauge,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ConnectionLabels {
+    reporter: &'static str,
+    source_workload: String,
+    source_workload_namespace: String,
+    source_principal: String,
+    destination_workload: String,
+    destination_workload_namespace: String,
+    destination_principal: String,
+    destination_service: String,
+    destination_service_name: String,
+    destination_service_namespace: String,
+    request_protocol: &'static str,
+    connection_security_policy: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DenialLabels {
+    direction: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct VerdictLabels {
+    verdict: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct IdentityLabels {
+    identity: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LimitLabels {
+    limit: &'static str,
+}
+
+impl Metrics {
+    /// The text of `/metrics` (OpenMetrics 1.0).
+    ///
+    /// # Errors
+    /// Only a formatter that refuses to take text.
+    pub fn text(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        text::encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+
+    /// Takes over what the kernel counted since its maps were made.
+    pub fn set_kernel_drops(&self, reason: DropReason, total: u64) {
+        let labels = ReasonLabels { reason: reason.label() };
+        self.kernel_drops.get_or_create(&labels).inner().store(total, Ordering::Relaxed);
+    }
+
+    /// As [`Metrics::set_kernel_drops`], for what the kernel let go on.
+    pub fn set_kernel_verdicts(&self, verdict: KernelVerdict, total: u64) {
+        let labels = VerdictLabels { verdict: verdict.label() };
+        self.kernel_verdicts.get_or_create(&labels).inner().store(total, Ordering::Relaxed);
+    }
+
+    /// Counts one event; the name of the limit that it met, if it met one.
+    pub(super) fn count(&self, event: &Event) -> Option<&'static str> {
+        match event {
+            Event::ConnectionOpened(ends) => return self.count_opened(ends),
+            Event::ConnectionEnded(record) => return self.count_ended(record),
+            Event::WorkloadEnrolled { .. } => drop(self.enrolled.inc()),
+            Event::WorkloadLeft { .. } => drop(self.enrolled.dec()),
+            Event::WorkloadRefused { reason, .. } => {
+                self.refusals.get_or_create(&ReasonLabels { reason }).inc();
+            }
+            Event::WorkloadRepaired { .. } => drop(self.repairs.inc()),
+            Event::UnmeshedConnections { remaining, .. } => {
+                self.unmeshed.inc_by(i64::try_from(*remaining).unwrap_or(i64::MAX));
+            }
+            Event::CertificateIssued { identity, not_after, .. } => {
+                self.certificates_issued.inc();
+                return self.set_expiry(identity, *not_after);
+            }
+            Event::CertificateDropped { identity } => {
+                self.certificate_expiry.remove(&IdentityLabels { identity: identity.clone() });
+            }
+            Event::CertificateRenewalFailed { .. } => drop(self.certificate_failures.inc()),
+            Event::AuthorityFailed { .. } => drop(self.authority_failures.inc()),
+            Event::LimitReached { limit, .. } => {
+                self.limits.get_or_create(&LimitLabels { limit }).inc();
+            }
+            Event::SnapshotPublished { number, problems, .. } => {
+                self.snapshot.set(i64::try_from(*number).unwrap_or(i64::MAX));
+                self.document_problems.set(i64::try_from(*problems).unwrap_or(i64::MAX));
+            }
+            Event::DocumentRefused { .. } | Event::FileUnreadable { .. } => {
+                drop(self.documents_refused.inc())
+            }
+            Event::KernelFailed { .. } => drop(self.kernel_failures.inc()),
+            Event::AcceptFailed { .. } => drop(self.accept_failures.inc()),
+            Event::Readiness { ready, .. } => drop(self.ready.set(i64::from(*ready))),
+            Event::DaemonStopped { .. } => drop(self.ready.set(0)),
+            Event::DaemonStarting { .. }
+            | Event::DaemonDraining { .. }
+            | Event::NodeJoined { .. }
+            | Event::TrustChanged { .. }
+            | Event::CertificateExpired { .. } => {}
+        }
+        None
+    }
+
+    fn count_opened(&self, ends: &Ends) -> Option<&'static str> {
+        let (labels, limit) = bounded(&self.opened, ConnectionLabels::of(ends), ConnectionLabels::other);
+        self.opened.get_or_create(&labels).inc();
+        limit
+    }
+
+    fn count_ended(&self, record: &ConnectionRecord) -> Option<&'static str> {
+        if let Some(reason) = record.reason.filter(|_| record.verdict != Verdict::Allowed) {
+            let labels = DenialLabels { direction: record.ends.direction.label(), reason: reason.label() };
+            self.denials.get_or_create(&labels).inc();
+        }
+        if !record.opened {
+            return None;
+        }
+        let (labels, limit) =
+            bounded(&self.closed, ConnectionLabels::of(&record.ends), ConnectionLabels::other);
+        self.closed.get_or_create(&labels).inc();
+        self.received_bytes.get_or_create(&labels).inc_by(record.bytes_in);
+        self.sent_bytes.get_or_create(&labels).inc_by(record.bytes_out);
+        limit
+    }
+
+    fn set_expiry(&self, identity: &str, not_after: SystemTime) -> Option<&'static str> {
+        let seconds = not_after.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let other = |_: IdentityLabels| IdentityLabels { identity: OTHER.to_owned() };
+        let (labels, limit) =
+            bounded(&self.certificate_expiry, IdentityLabels { identity: identity.to_owned() }, other);
+        self.certificate_expiry.get_or_create(&labels).set(i64::try_from(seconds).unwrap_or(i64::MAX));
+        limit
+    }
+}
+
+/// `labels` if they are counted already or may still be, else `other`, and then the limit's name.
+fn bounded<L, M>(family: &Family<L, M>, labels: L, other: impl FnOnce(L) -> L) -> (L, Option<&'static str>)
+where
+    L: Clone + std::hash::Hash + Eq,
+    M: Default,
+{
+    if family.len() < LABEL_SETS_MAX || family.contains(&labels) {
+        return (labels, None);
+    }
+    (other(labels), Some(LABEL_SETS_LIMIT))
+}
+
+impl ConnectionLabels {
+    fn of(ends: &Ends) -> Self {
+        let service = ends.service.as_ref();
+        Self {
+            reporter: match ends.direction {
+                Direction::Inbound => "destination",
+                Direction::Outbound => "source",
+            },
+            source_workload: name(ends.source.workload.as_ref()),
+            source_workload_namespace: namespace(ends.source.workload.as_ref()),
+            source_principal: principal(&ends.source),
+            destination_workload: name(ends.destination.workload.as_ref()),
+            destination_workload_namespace: namespace(ends.destination.workload.as_ref()),
+            destination_principal: principal(&ends.destination),
+            destination_service: service.map_or_else(
+                || UNKNOWN.to_owned(),
+                |service| format!("{}.{}.svc.cluster.local", service.name, service.namespace),
+            ),
+            destination_service_name: name(service),
+            destination_service_namespace: namespace(service),
+            request_protocol: "tcp",
+            connection_security_policy: if ends.mutual_tls { "mutual_tls" } else { "none" },
+        }
+    }
+
+    fn other(self) -> Self {
+        let other = || OTHER.to_owned();
+        Self {
+            source_workload: other(),
+            source_workload_namespace: other(),
+            source_principal: other(),
+            destination_workload: other(),
+            destination_workload_namespace: other(),
+            destination_principal: other(),
+            destination_service: other(),
+            destination_service_name: other(),
+            destination_service_namespace: other(),
+            ..self
+        }
+    }
+}
+
+fn name(object: Option<&ObjectName>) -> String {
+    object.map_or(UNKNOWN, |object| &object.name).to_owned()
+}
+
+fn namespace(object: Option<&ObjectName>) -> String {
+    object.map_or(UNKNOWN, |object| &object.namespace).to_owned()
+}
+
+fn principal(endpoint: &Endpoint) -> String {
+    endpoint.identity.as_ref().map_or_else(|| UNKNOWN.to_owned(), SpiffeId::to_string)
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut all = Self {
+            registry: Registry::default(),
+            opened: Family::default(),
+            closed: Family::default(),
+            sent_bytes: Family::default(),
+            received_bytes: Family::default(),
+            denials: Family::default(),
+            kernel_drops: Family::default(),
+            kernel_verdicts: Family::default(),
+            unmeshed: Gauge::default(),
+            certificate_expiry: Family::default(),
+            certificates_issued: Counter::default(),
+            certificate_failures: Counter::default(),
+            authority_failures: Counter::default(),
+            limits: Family::default(),
+            enrolled: Gauge::default(),
+            refusals: Family::default(),
+            repairs: Counter::default(),
+            snapshot: Gauge::default(),
+            document_problems: Gauge::default(),
+            documents_refused: Counter::default(),
+            kernel_failures: Counter::default(),
+            accept_failures: Counter::default(),
+            ready: Gauge::default(),
+        };
+        all.register();
+        all
+    }
+}
+
+impl Metrics {
+    /// Gives every metric its name. Counters get the ending `_total` by the encoder.
+    fn register(&mut self) {
+        let registry = &mut self.registry;
+        registry.register(
+            "istio_tcp_connections_opened",
+            "Connections that were admitted",
+            self.opened.clone(),
+        );
+        registry.register(
+            "istio_tcp_connections_closed",
+            "Admitted connections that are over",
+            self.closed.clone(),
+        );
+        registry.register("istio_tcp_sent_bytes", "Bytes from servers to clients", self.sent_bytes.clone());
+        registry.register(
+            "istio_tcp_received_bytes",
+            "Bytes from clients to servers",
+            self.received_bytes.clone(),
+        );
+        registry.register("culvert_denials", "Connections denied or failed, by reason", self.denials.clone());
+        registry.register(
+            "culvert_kernel_drops",
+            "What the kernel's half refused",
+            self.kernel_drops.clone(),
+        );
+        registry.register(
+            "culvert_kernel_verdicts",
+            "What the kernel's half let go on",
+            self.kernel_verdicts.clone(),
+        );
+        registry.register(
+            "culvert_unmeshed_connections",
+            "Connections that stood at an enrolment and went on outside the mesh",
+            self.unmeshed.clone(),
+        );
+        registry.register(
+            "culvert_certificate_expiry_seconds",
+            "Unix time at which the certificate in use expires",
+            self.certificate_expiry.clone(),
+        );
+        registry.register(
+            "culvert_certificates_issued",
+            "Certificates obtained",
+            self.certificates_issued.clone(),
+        );
+        registry.register(
+            "culvert_certificate_failures",
+            "Renewals that failed",
+            self.certificate_failures.clone(),
+        );
+        registry.register(
+            "culvert_authority_failures",
+            "Calls to the CA that failed",
+            self.authority_failures.clone(),
+        );
+        registry.register("culvert_limits", "Times a named limit was reached", self.limits.clone());
+        registry.register("culvert_enrolled_workloads", "Workloads under capture", self.enrolled.clone());
+        registry.register("culvert_enrolment_refusals", "Workloads that were refused", self.refusals.clone());
+        registry.register("culvert_repairs", "Repairs in workloads' namespaces", self.repairs.clone());
+        registry.register(
+            "culvert_snapshot_number",
+            "Number of the snapshot in force",
+            self.snapshot.clone(),
+        );
+        registry.register(
+            "culvert_document_problems",
+            "Documents or parts of them that are not used",
+            self.document_problems.clone(),
+        );
+        registry.register(
+            "culvert_documents_refused",
+            "Refusals of documents",
+            self.documents_refused.clone(),
+        );
+        registry.register(
+            "culvert_kernel_failures",
+            "Calls to the kernel's half that failed",
+            self.kernel_failures.clone(),
+        );
+        registry.register(
+            "culvert_accept_failures",
+            "Failures to accept a connection",
+            self.accept_failures.clone(),
+        );
+        registry.register("culvert_ready", "1 when ready", self.ready.clone());
+    }
+}
