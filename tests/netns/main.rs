@@ -1,1 +1,5 @@
+//! Scenarios with network namespaces as nodes and pods, and the real programs in the real kernel.
+//!
+//! Root is needed. Run them with `cargo xtask test`, which builds the programs first and uses one thread.
 
+mod plain;
