@@ -8,7 +8,7 @@ use crate::{
     root,
     test::step,
     tidy,
-    toolchain::{self, NIGHTLY, STABLE, cargo, run, say},
+    toolchain::{self, STABLE, cargo, run},
 };
 
 /// Holds licences and advisories; installed into the tools' folder like the linker.
@@ -23,15 +23,22 @@ const PACKAGES: [&str; 8] =
 pub(crate) fn check() -> anyhow::Result<()> {
     step("packages and toolchains", || {
         packages::require(&[COMPILER])?;
-        toolchain::stable()?;
-        toolchain::nightly()
+        toolchain::stable()
     })?;
     step("tidy", || tidy::check(&root()))?;
     step("format", || run(stable().args(["fmt", "--all", "--check"])))?;
     step("kernel programs", || ebpf::build().map(drop))?;
     step("clippy", || {
-        run(stable()
-            .args(["clippy", "--workspace", "--exclude", "ebpf", "--all-targets", "--", "--deny", "warnings"]))
+        run(stable().args([
+            "clippy",
+            "--workspace",
+            "--exclude",
+            "ebpf",
+            "--all-targets",
+            "--",
+            "--deny",
+            "warnings",
+        ]))
     })?;
     step("clippy of the kernel programs", ebpf::clippy)?;
     for package in PACKAGES {
@@ -56,6 +63,7 @@ fn stable() -> Command {
 /// Licences, sources and who may use what; advisories need their data base, which is asked for separately.
 fn deny() -> anyhow::Result<()> {
     let folder = toolchain::tool("cargo-deny", CARGO_DENY, STABLE)?;
-    say(&format!("nightly {NIGHTLY} and stable {STABLE} are pinned; cargo-deny {CARGO_DENY}"));
-    run(Command::new(folder.join("cargo-deny")).current_dir(root()).args(["check", "bans", "licenses", "sources"]))
+    run(Command::new(folder.join("cargo-deny"))
+        .current_dir(root())
+        .args(["check", "bans", "licenses", "sources"]))
 }

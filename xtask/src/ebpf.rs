@@ -7,7 +7,10 @@ use std::{
 
 use anyhow::Context as _;
 
-use crate::toolchain::{self, NIGHTLY, cargo, run, say};
+use crate::{
+    root,
+    toolchain::{self, NIGHTLY, cargo, run, say},
+};
 
 /// Where the daemon's build script looks for the object.
 const OBJECT: &str = "target/mesh-ebpf.o";
@@ -32,6 +35,16 @@ pub(crate) fn build() -> anyhow::Result<PathBuf> {
     Ok(object)
 }
 
+/// Lints the kernel programs as they are built: for the kernel's target.
+pub(crate) fn clippy() -> anyhow::Result<()> {
+    toolchain::nightly_with_clippy()?;
+    run(cargo(NIGHTLY)
+        .current_dir(root())
+        .args(["clippy", "-Z", "build-std=core", "--target", "bpfel-unknown-none", "--release", "-p", "ebpf"])
+        .args(["--bin", "mesh-ebpf", "--target-dir", "target/bpf", "--", "--deny", "warnings"])
+        .env("CARGO_ENCODED_RUSTFLAGS", flags().join("\x1f")))
+}
+
 /// The maps of type socket storage carry BTF, so debug information is kept and turned into BTF by the linker.
 fn flags() -> [String; 5] {
     [
@@ -53,9 +66,4 @@ fn replace(built: &Path, object: &Path) -> anyhow::Result<()> {
     let new = object.with_extension("o.new");
     fs::write(&new, &bytes).with_context(|| format!("{} could not be written", new.display()))?;
     fs::rename(&new, object).with_context(|| format!("{} could not be written", object.display()))
-}
-
-fn root() -> PathBuf {
-    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    package.parent().unwrap_or(package).to_owned()
 }

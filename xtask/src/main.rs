@@ -3,14 +3,24 @@
 //! Builds with a plain `cargo` of a fresh machine; the toolchains that the rest needs are installed and called by name.
 #![forbid(unsafe_code)]
 
+mod check;
+mod demo;
 mod ebpf;
+mod packages;
+mod test;
+mod tidy;
 mod toolchain;
+
+use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().habit {
         Habit::BuildEbpf => ebpf::build().map(drop),
+        Habit::Check => check::check(),
+        Habit::Test { filter } => test::test(&filter),
+        Habit::Demo { keep } => demo::demo(keep),
     }
 }
 
@@ -25,4 +35,23 @@ struct Arguments {
 enum Habit {
     /// Build the kernel programs into target/mesh-ebpf.o, installing what that needs
     BuildEbpf,
+    /// Format, fences, lints, documentation, licences: what reviewers should not have to look for
+    Check,
+    /// Build all and run every test, those in network namespaces included (root)
+    Test {
+        /// Run only the namespace tests whose names contain one of these
+        filter: Vec<String>,
+    },
+    /// Show the three-tier photo example as a mesh of two nodes on this machine (root)
+    Demo {
+        /// Leave it running and say what to try
+        #[arg(long)]
+        keep: bool,
+    },
+}
+
+/// The checkout.
+fn root() -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package).to_owned()
 }

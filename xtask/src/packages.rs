@@ -15,15 +15,20 @@ pub(crate) struct Need {
 }
 
 /// A C compiler builds the cryptographic library.
-pub(crate) const COMPILER: Need = Need { program: "cc", package: "build-essential", why: "builds the cryptography" };
+pub(crate) const COMPILER: Need =
+    Need { program: "cc", package: "build-essential", why: "builds the cryptography" };
 /// Namespaces, links and routes of the test worlds.
-pub(crate) const IP: Need = Need { program: "ip", package: "iproute2", why: "makes the test's network namespaces" };
+pub(crate) const IP: Need =
+    Need { program: "ip", package: "iproute2", why: "makes the test's network namespaces" };
 /// Starts processes inside a network namespace without hiding the cgroup mounts.
-pub(crate) const NSENTER: Need = Need { program: "nsenter", package: "util-linux", why: "enters network namespaces" };
+pub(crate) const NSENTER: Need =
+    Need { program: "nsenter", package: "util-linux", why: "enters network namespaces" };
 /// An independent verifier of certificates and peer of the tunnel.
-pub(crate) const OPENSSL: Need = Need { program: "openssl", package: "openssl", why: "checks certificates independently" };
+pub(crate) const OPENSSL: Need =
+    Need { program: "openssl", package: "openssl", why: "checks certificates independently" };
 /// The demo's applications are ordinary Python programs.
-pub(crate) const PYTHON: Need = Need { program: "python3", package: "python3-minimal", why: "runs the demo's services" };
+pub(crate) const PYTHON: Need =
+    Need { program: "python3", package: "python3-minimal", why: "runs the demo's services" };
 
 /// Sees to it that the programs are there: installs them when this is root on Debian or Ubuntu, else names them.
 ///
@@ -40,7 +45,9 @@ pub(crate) fn require(needs: &[Need]) -> anyhow::Result<()> {
         .collect::<Vec<_>>()
         .join(", ");
     if !(Uid::effective().is_root() && is_debian()) {
-        bail!("missing on this machine: {sentence}. Install it and try again; only root on Debian or Ubuntu gets it installed");
+        bail!(
+            "missing on this machine: {sentence}. Install it and try again; only root on Debian or Ubuntu gets it installed"
+        );
     }
     say(&format!("installing {sentence}"));
     run(Command::new("apt-get").args(["-qq", "update"]))?;
@@ -57,7 +64,9 @@ pub(crate) fn require_root(why: &str) -> anyhow::Result<()> {
     if Uid::effective().is_root() {
         return Ok(());
     }
-    bail!("{why} needs root (network namespaces, BPF and cgroups); run it as root. Nothing was skipped: it did not run")
+    bail!(
+        "{why} needs root (network namespaces, BPF and cgroups); run it as root. Nothing was skipped: it did not run"
+    )
 }
 
 fn is_there(program: &str) -> bool {
@@ -72,5 +81,7 @@ fn is_there(program: &str) -> bool {
 fn is_debian() -> bool {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     Path::new("/usr/bin/apt-get").exists()
-        && release.lines().any(|line| (line.starts_with("ID=") || line.starts_with("ID_LIKE=")) && line.contains("debian"))
+        && release
+            .lines()
+            .any(|line| (line.starts_with("ID=") || line.starts_with("ID_LIKE=")) && line.contains("debian"))
 }

@@ -44,11 +44,7 @@ const FENCES: &[Fence] = &[
         rooms: &["ca-server/", "tests/"],
         why: "the signing code must not be linkable into a node image",
     },
-    Fence {
-        needle: "unsafe {",
-        rooms: &["ebpf/", "node-daemon/src/sys/"],
-        why: "unsafe has an address",
-    },
+    Fence { needle: "unsafe {", rooms: &["ebpf/", "node-daemon/src/sys/"], why: "unsafe has an address" },
 ];
 
 /// Within `room`, none of `needles` may stand.
@@ -71,12 +67,26 @@ const BANS: &[Ban] = &[
     },
     Ban {
         room: "node-daemon/src/telemetry/",
-        needles: &["crate::datapath", "crate::kernel", "crate::certs", "crate::control", "crate::enrol", "crate::app"],
+        needles: &[
+            "crate::datapath",
+            "crate::kernel",
+            "crate::certs",
+            "crate::control",
+            "crate::enrol",
+            "crate::app",
+        ],
         why: "telemetry is a leaf",
     },
     Ban {
         room: "node-daemon/core/src/",
-        needles: &["std::fs", "std::time::Instant", "Instant::now", "SystemTime::now", "std::thread", "tokio::"],
+        needles: &[
+            "std::fs",
+            "std::time::Instant",
+            "Instant::now",
+            "SystemTime::now",
+            "std::thread",
+            "tokio::",
+        ],
         why: "a decision that can wait or fail cannot be tested exhaustively",
     },
     Ban {
@@ -105,14 +115,17 @@ fn findings(root: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     let mut cited = Vec::new();
     for file in sources(root)? {
-        let text = fs::read_to_string(root.join(&file)).with_context(|| format!("read {}", file.display()))?;
+        let text =
+            fs::read_to_string(root.join(&file)).with_context(|| format!("read {}", file.display()))?;
         let name = file.to_string_lossy().replace('\\', "/");
         found.extend(walls_broken(&name, &text));
         cited.extend(threats_cited(&text));
     }
     for threat in THREATS_PROVEN {
         if !cited.contains(threat) {
-            found.push(format!("T-{threat}: no test cites this threat (`// T-{threat}` where a test proves it)"));
+            found.push(format!(
+                "T-{threat}: no test cites this threat (`// T-{threat}` where a test proves it)"
+            ));
         }
     }
     Ok(found)

@@ -26,18 +26,28 @@ pub(crate) fn nightly() -> anyhow::Result<()> {
     toolchain(NIGHTLY, &["rust-src"])
 }
 
+/// As [`nightly`], with the lints.
+pub(crate) fn nightly_with_clippy() -> anyhow::Result<()> {
+    toolchain(NIGHTLY, &["rust-src", "clippy"])
+}
+
 /// Sees to it that bpf-linker is there, and returns the folder that holds it.
 pub(crate) fn bpf_linker() -> anyhow::Result<PathBuf> {
+    tool("bpf-linker", BPF_LINKER, NIGHTLY)
+}
+
+/// Sees to it that a tool is there in exactly this version, built by this toolchain, and returns the folder that holds it.
+pub(crate) fn tool(name: &str, version: &str, toolchain: &str) -> anyhow::Result<PathBuf> {
     let root = cache()?.join("tools");
     let folder = root.join("bin");
-    if version_of(&folder.join("bpf-linker")).as_deref() == Some(BPF_LINKER) {
+    if version_of(&folder.join(name)).as_deref() == Some(version) {
         return Ok(folder);
     }
-    say(&format!("installing bpf-linker {BPF_LINKER} into {} (about two minutes)", root.display()));
-    run(cargo(NIGHTLY)
-        .args(["install", "bpf-linker", "--locked", "--force", "--version", BPF_LINKER, "--root"])
+    say(&format!("installing {name} {version} into {} (minutes)", root.display()));
+    run(cargo(toolchain)
+        .args(["install", name, "--locked", "--force", "--version", version, "--root"])
         .arg(&root))
-    .with_context(|| format!("bpf-linker {BPF_LINKER} could not be installed into {}", root.display()))?;
+    .with_context(|| format!("{name} {version} could not be installed into {}", root.display()))?;
     Ok(folder)
 }
 
@@ -85,9 +95,7 @@ fn toolchain(version: &str, components: &[&str]) -> anyhow::Result<()> {
         install.args(["--component", component]);
     }
     run(&mut install).with_context(|| {
-        format!(
-            "Rust {version} is needed; rustup (https://rustup.rs) and a network connection can install it"
-        )
+        format!("Rust {version} is needed; install rustup, which fetches it, or the toolchain itself")
     })
 }
 
