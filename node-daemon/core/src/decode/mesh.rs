@@ -1,0 +1,110 @@
+//! The `Mesh` document.
+
+use ipnet::IpNet;
+use spiffe_id::TrustDomain;
+
+use super::{
+    InvalidObject, Object,
+    field::{Field, refuse_unknown_head},
+    is_label,
+};
+use crate::workload::{Mesh, TransportMode};
+
+/// The only name of a Mesh document.
+const MESH_NAME: &str = "default";
+
+/// Where mesh-wide policies of the modern API stand, unless the Mesh says otherwise.
+const ROOT_NAMESPACE: &str = "istio-system";
+
+impl Mesh {
+    /// What holds where there is no Mesh document.
+    pub fn defaults(trust_domain: TrustDomain) -> Self {
+        Self {
+            trust_domain,
+            trust_domain_aliases: Vec::new(),
+            root_namespace: ROOT_NAMESPACE.to_owned(),
+            default_mode: TransportMode::Permissive,
+            pod_ranges: Vec::new(),
+        }
+    }
+}
+
+/// Reads a Mesh. A trust domain other than `configured` is refused: certificates name the configured one.
+pub(crate) fn mesh(object: &Object, configured: &TrustDomain) -> Result<Mesh, InvalidObject> {
+    refuse_unknown_head(object)?;
+    if &*object.name.name != MESH_NAME {
+        return Err(object.invalid(
+            "metadata.name",
+            &(&*object.name.name).into(),
+            "the name default",
+            "there is one Mesh: rename this one or remove it",
+        ));
+    }
+    let spec = Field::spec(object).map()?.only(&[
+        "trustDomain",
+        "trustDomainAliases",
+        "rootNamespace",
+        "defaultMode",
+        "sameNode",
+        "podRanges",
+    ])?;
+    let mut mesh = Mesh::defaults(configured.clone());
+    if let Some(field) = spec.at("trustDomain")
+        && trust_domain(&field)? != *configured
+    {
+        return Err(field.refuse(
+            &format!("{configured}, the trust domain of this node's configuration"),
+            "name the former trust domain under trustDomainAliases, and change ca.trustDomain on every node",
+        ));
+    }
+    mesh.trust_domain_aliases =
+        spec.items("trustDomainAliases")?.iter().map(trust_domain).collect::<Result<_, _>>()?;
+    if let Some(field) = spec.at("rootNamespace") {
+        let text = field.text()?;
+        if !is_label(text) {
+            return Err(field.refuse("the name of a namespace", "write a name such as istio-system"));
+        }
+        text.clone_into(&mut mesh.root_namespace);
+    }
+    if let Some(field) = spec.at("defaultMode") {
+        mesh.default_mode = match field.text()? {
+            "STRICT" => TransportMode::Strict,
+            "PERMISSIVE" => TransportMode::Permissive,
+            "DISABLE" => TransportMode::Disabled,
+            _ => return Err(field.refuse("STRICT, PERMISSIVE or DISABLE", "write one of the three")),
+        };
+    }
+    if let Some(field) = spec.at("sameNode") {
+        same_node(&field)?;
+    }
+    mesh.pod_ranges = spec.items("podRanges")?.iter().map(range).collect::<Result<_, _>>()?;
+    Ok(mesh)
+}
+
+/// Checks `sameNode`: connections inside one node by the kernel alone, or by the proxy.
+pub(super) fn same_node(field: &Field<'_>) -> Result<(), InvalidObject> {
+    match field.text()? {
+        "direct" | "proxied" => Ok(()),
+        _ => Err(field.refuse("direct or proxied", "write one of the two")),
+    }
+}
+
+fn trust_domain(field: &Field<'_>) -> Result<TrustDomain, InvalidObject> {
+    field.text()?.parse().map_err(|error| {
+        field.refuse("a trust domain, such as cluster.local", &format!("{error}; correct it"))
+    })
+}
+
+fn range(field: &Field<'_>) -> Result<IpNet, InvalidObject> {
+    let range: IpNet = field
+        .text()?
+        .parse()
+        .map_err(|_| field.refuse("a range of addresses", "write address and length, such as 10.8.0.0/16"))?;
+    if range.addr() != range.network() {
+        return Err(field.refuse(
+            &format!("the first address of a range, such as {}", range.trunc()),
+            "write that, or correct the length",
+        ));
+    }
+    Ok(range)
+}

@@ -1,0 +1,252 @@
+//! What is in force, compiled: immutable, numbered, shared by all connections that were judged by it.
+//!
+//! Built by the [store](crate::store); answers who owns an address, where a connection goes and whom to expect there
+//! (secure naming, policy D), and who may come in ([`crate::policy`]). Every answer is a lookup in a tree, and shares
+//! what it returns. Not here: documents, what changed since the last one.
+
+mod directory;
+mod naming;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use spiffe_id::SpiffeId;
+
+use self::directory::{Directory, Owner};
+use crate::{
+    decode::{DeclaredWorkload, Enrolment, Source},
+    policy::{
+        self, Compiled, ConnectionFacts, Denial, DenialReason, Inventory, ObjectStatus, Permit,
+        PolicyObjects, Verdict,
+    },
+    store::Problem,
+    workload::{Mesh, ObjectName, Service, TransportMode, Workload},
+};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Snapshot {
+    number: u64,
+    node: Arc<str>,
+    mesh: Mesh,
+    workloads: BTreeMap<ObjectName, Arc<Workload>>,
+    services: BTreeMap<ObjectName, Service>,
+    directory: Directory,
+    compiled: Compiled,
+    problems: Vec<Problem>,
+    unreadable: Option<String>,
+}
+
+/// Where a connection goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Route {
+    Tunnel {
+        destination: Arc<Workload>,
+        /// The destination's own address and the port on which it listens.
+        endpoint: SocketAddr,
+        /// Who may answer there (policy D); never empty.
+        allowed: Arc<BTreeSet<SpiffeId>>,
+        /// The service that was asked for, if one was.
+        service: Option<ObjectName>,
+    },
+    /// Outside the mesh, or a workload that is not enrolled.
+    Passthrough {
+        target: SocketAddr,
+    },
+    /// Inside the pod ranges, and nobody knows it: hold, then deny (DESIGN 3.4.9).
+    Unknown,
+    Refused(RouteRefusal),
+}
+
+/// Why a connection goes nowhere.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RouteRefusal {
+    #[error("service {service} has no endpoint for this port and address family")]
+    NoEndpoints { service: ObjectName },
+    #[error("service {service} has no TCP port {port}")]
+    NoSuchServicePort { service: ObjectName, port: u16 },
+    #[error("nobody may answer for {0}: its identity annotations name no usable identity")]
+    SecureNamingEmpty(ObjectName),
+    #[error("the target is the caller itself, or loopback")]
+    OwnAddress,
+}
+
+impl RouteRefusal {
+    /// The metric's label and the access log's `reason`.
+    pub const fn label(&self) -> &'static str {
+        match self {
+            Self::NoEndpoints { .. } => "no_endpoints",
+            Self::NoSuchServicePort { .. } => "no_such_service_port",
+            Self::SecureNamingEmpty(_) => "secure_naming_empty",
+            Self::OwnAddress => "own_address",
+        }
+    }
+}
+
+impl Snapshot {
+    /// Grows with every snapshot of one store.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The node whose snapshot this is.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
+    pub fn workload(&self, name: &ObjectName) -> Option<&Arc<Workload>> {
+        self.workloads.get(name)
+    }
+
+    /// All workloads of the mesh, enrolled or not.
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.services.values()
+    }
+
+    /// Who is reached there. A host's address belongs to the host workload that declares the port.
+    pub fn workload_at(&self, address: IpAddr, port: u16) -> Option<&Arc<Workload>> {
+        match self.directory.owner(address)? {
+            Owner::Pod(workload) => Some(workload),
+            Owner::Host(ports) => ports.get(&port),
+            Owner::Service(_) => None,
+        }
+    }
+
+    /// Enrolled workloads of this node.
+    pub fn local(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values().filter(|workload| workload.enrolled && *workload.node == *self.node)
+    }
+
+    /// Where a connection of `source` to `target` goes. Endpoints of a service are spread by `seed`.
+    pub fn route(&self, source: &Workload, target: SocketAddr, seed: u64) -> Route {
+        let target = SocketAddr::new(target.ip().to_canonical(), target.port());
+        let address = target.ip();
+        if address.is_loopback() || address.is_unspecified() {
+            return Route::Refused(RouteRefusal::OwnAddress); // T-6
+        }
+        match self.directory.owner(address) {
+            Some(Owner::Service(service)) => service.route(source, target, seed),
+            Some(Owner::Pod(workload)) => self.route_to_workload(source, workload, target),
+            Some(Owner::Host(ports)) => match ports.get(&target.port()) {
+                Some(workload) => self.route_to_workload(source, workload, target),
+                // The rest of a host, such as its SSH server, is no workload.
+                None => Route::Passthrough { target },
+            },
+            None if self.mesh.pod_ranges.iter().any(|range| range.contains(&address)) => Route::Unknown,
+            None => Route::Passthrough { target },
+        }
+    }
+
+    /// What the destination accepts on this port of its own.
+    pub fn transport_mode(&self, destination: &Workload, port: u16) -> TransportMode {
+        self.compiled.transport_mode(destination, port)
+    }
+
+    /// May this connection come in?
+    ///
+    /// # Errors
+    /// The policy's [`Denial`]; while a file is unreadable and nothing is known of what it says, always
+    /// [`DenialReason::PolicyUnusable`] (T-19).
+    pub fn authorise(&self, facts: &ConnectionFacts) -> Result<Permit, Denial> {
+        if self.unreadable.is_some() {
+            return Err(Denial { reason: DenialReason::PolicyUnusable, verdict: Verdict::default() });
+        }
+        self.compiled.authorise(facts)
+    }
+
+    /// What became of each policy object.
+    pub fn statuses(&self) -> &[ObjectStatus] {
+        self.compiled.statuses()
+    }
+
+    /// What is wrong with the documents.
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+
+    /// Why everything is denied, if so (T-19): the node is not ready then.
+    pub fn unreadable(&self) -> Option<&str> {
+        self.unreadable.as_deref()
+    }
+
+    /// A workload dialled by its own address is expected to be itself (DESIGN 3.3.3).
+    fn route_to_workload(&self, source: &Workload, destination: &Arc<Workload>, target: SocketAddr) -> Route {
+        if destination.name == source.name {
+            return Route::Refused(RouteRefusal::OwnAddress);
+        }
+        if !destination.enrolled {
+            return Route::Passthrough { target };
+        }
+        match self.directory.expected(&destination.name) {
+            Some(allowed) => Route::Tunnel {
+                destination: Arc::clone(destination),
+                endpoint: target,
+                allowed: Arc::clone(allowed),
+                service: None,
+            },
+            None => Route::Refused(RouteRefusal::SecureNamingEmpty(destination.name.clone())),
+        }
+    }
+}
+
+/// What the store gives.
+pub(crate) struct Contents<'a> {
+    pub(crate) number: u64,
+    pub(crate) node: Arc<str>,
+    pub(crate) mesh: Mesh,
+    pub(crate) namespaces: BTreeMap<Arc<str>, Enrolment>,
+    pub(crate) workloads: Vec<(&'a DeclaredWorkload, &'a Source)>,
+    pub(crate) services: BTreeMap<ObjectName, (Service, Source)>,
+    pub(crate) policies: &'a PolicyObjects,
+    pub(crate) problems: Vec<Problem>,
+    pub(crate) unreadable: Option<String>,
+    /// Unchanged workloads are shared with it.
+    pub(crate) previous: Option<Arc<Snapshot>>,
+}
+
+impl Snapshot {
+    pub(crate) fn build(contents: Contents<'_>) -> Self {
+        let Contents { number, node, mesh, namespaces, workloads, services, policies, .. } = contents;
+        let (mut problems, unreadable) = (contents.problems, contents.unreadable);
+        let mut sources = BTreeMap::new();
+        let mut by_name = BTreeMap::new();
+        for (declared, source) in workloads {
+            let workload = enrol(declared, &namespaces, contents.previous.as_deref());
+            sources.insert(workload.name.clone(), source);
+            by_name.insert(workload.name.clone(), workload);
+        }
+        let directory = Directory::build(&by_name, &services, &mesh, &sources, &mut problems);
+        let services = services.into_iter().map(|(name, (service, _))| (name, service)).collect();
+        let inventory = Inventory { mesh: &mesh, workloads: &by_name, services: &services, node: &node };
+        let compiled = policy::compile(policies, &inventory);
+        problems.sort();
+        Self { number, node, workloads: by_name, services, directory, compiled, problems, unreadable, mesh }
+    }
+}
+
+fn enrol(
+    declared: &DeclaredWorkload,
+    namespaces: &BTreeMap<Arc<str>, Enrolment>,
+    previous: Option<&Snapshot>,
+) -> Arc<Workload> {
+    let name = &declared.workload.name;
+    let namespace = namespaces.get(&name.namespace).copied().unwrap_or(Enrolment::Unsaid);
+    let enrolled = Enrolment::resolve(declared.enrolment, namespace);
+    let workload = Workload { enrolled, ..declared.workload.clone() };
+    let before = previous.and_then(|previous| previous.workload(name)).filter(|before| ***before == workload);
+    before.cloned().unwrap_or_else(|| Arc::new(workload))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,134 @@
+//! What a mesh consists of, as the documents say it: workloads, services, namespaces, the mesh itself.
+//!
+//! These are values of the domain: [`crate::decode`] has checked their grammar, nobody checks again.
+
+use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, sync::Arc};
+
+use ipnet::IpNet;
+use spiffe_id::{SpiffeId, TrustDomain};
+
+/// Namespace and name of an object; `namespace` is empty for cluster-scoped ones.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectName {
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+}
+
+impl ObjectName {
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(formatter, "{}", self.name)
+        } else {
+            write!(formatter, "{}/{}", self.namespace, self.name)
+        }
+    }
+}
+
+/// A pod, or a service on a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    pub name: ObjectName,
+    pub labels: BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
+    pub service_account: String,
+    /// Composed from the mesh's trust domain, the namespace and the service account.
+    pub identity: SpiffeId,
+    pub node: String,
+    /// At least one. For a pod its own addresses, for a host workload the host's.
+    pub addresses: Vec<IpAddr>,
+    pub placement: Placement,
+    pub ports: Vec<WorkloadPort>,
+    /// Inbound TCP ports that bypass the daemon (DESIGN 3.4.9).
+    pub exempt_inbound_ports: Vec<u16>,
+    /// False where a label says `culvert.io/mesh: disabled` (or `istio.io/dataplane-mode: none`):
+    /// known, but not captured, and reached in plaintext.
+    pub enrolled: bool,
+}
+
+impl Workload {
+    pub fn is_host(&self) -> bool {
+        !matches!(self.placement, Placement::NetworkNamespace(_))
+    }
+}
+
+/// Where the workload is found on its own node; meaningless elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// Path of a network namespace, such as `/run/netns/pb0`.
+    NetworkNamespace(PathBuf),
+    /// Folder beneath the cgroup2 mount, or an absolute path of one.
+    Cgroup(PathBuf),
+    /// Name of a systemd unit, such as `photo.service`.
+    SystemdUnit(String),
+}
+
+/// A port on which the workload listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkloadPort {
+    pub name: Option<String>,
+    pub port: u16,
+    pub protocol: Protocol,
+}
+
+/// What is spoken on a port (policy H-8): `appProtocol` first, then the name's prefix; else opaque.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Protocol {
+    Tcp,
+    Http,
+    Grpc,
+}
+
+/// A Kubernetes-shaped Service with a selector; its endpoints are derived from the workloads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub name: ObjectName,
+    pub annotations: BTreeMap<String, String>,
+    /// Cluster addresses that applications dial; may be empty (headless).
+    pub addresses: Vec<IpAddr>,
+    /// Empty selects nothing.
+    pub selector: BTreeMap<String, String>,
+    pub ports: Vec<ServicePort>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    pub name: Option<String>,
+    pub port: u16,
+    pub target: TargetPort,
+    pub protocol: Protocol,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetPort {
+    Number(u16),
+    /// The workload's port of this name.
+    Name(String),
+}
+
+/// The `Mesh` document, or its defaults.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mesh {
+    pub trust_domain: TrustDomain,
+    pub trust_domain_aliases: Vec<TrustDomain>,
+    pub root_namespace: String,
+    pub default_mode: TransportMode,
+    /// Addresses inside these that nobody knows are held, then denied (DESIGN 3.4.9).
+    pub pod_ranges: Vec<IpNet>,
+}
+
+/// What a receiver accepts. Nothing at all in force is [`Mesh::default_mode`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TransportMode {
+    /// The tunnel or mesh TLS only.
+    Strict,
+    /// Plaintext too.
+    Permissive,
+    /// Plaintext too, and the peer's identity is hidden from rules (policy A-5, B-9).
+    Disabled,
+}
