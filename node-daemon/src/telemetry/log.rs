@@ -74,10 +74,10 @@ where
     W: for<'writer> MakeWriter<'writer> + Send + Sync + 'static,
 {
     tracing_subscriber::fmt()
-        .event_format(Format(format))
+        .with_ansi(false)
         .with_env_filter(filter)
         .with_writer(writer)
-        .with_ansi(false)
+        .event_format(Format(format))
         .finish()
 }
 
@@ -240,7 +240,9 @@ fn json_line(writer: &mut Writer<'_>, fields: impl Iterator<Item = (&'static str
                     nested.insert(inner.to_owned(), value);
                 }
             }
-            None => drop(line.insert(name.to_owned(), value)),
+            None => {
+                line.insert(name.to_owned(), value);
+            }
         }
     }
     writeln!(writer, "{}", Value::Object(line))
@@ -252,17 +254,21 @@ fn text_line(writer: &mut Writer<'_>, fields: impl Iterator<Item = (&'static str
     let mut tail = String::new();
     let mut head: BTreeMap<&str, String> = BTreeMap::new();
     for (name, value) in fields {
-        let text = match value {
-            Value::String(text) if text.chars().all(is_plain) && !text.is_empty() => text,
-            other => other.to_string(),
-        };
+        let text = plain(&value).map_or_else(|| value.to_string(), str::to_owned);
         match name {
-            "time" | "level" | "target" | "message" => drop(head.insert(name, text)),
+            "time" | "level" | "target" | "message" => {
+                head.insert(name, text);
+            }
             _ => write!(tail, " {name}={text}")?,
         }
     }
     let of = |name: &str| head.get(name).map_or("", |text| text.as_str());
     writeln!(writer, "{} {:5} {} {}{tail}", of("time"), of("level"), of("target"), of("message"))
+}
+
+/// The text, where it may stand without quotes.
+fn plain(value: &Value) -> Option<&str> {
+    value.as_str().filter(|text| !text.is_empty() && text.chars().all(is_plain))
 }
 
 fn is_plain(character: char) -> bool {

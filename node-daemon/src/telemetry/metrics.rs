@@ -2,7 +2,15 @@
 //!
 //! Names and labels of the `istio_` ones are Istio's standard metrics; those of our own begin with `culvert_`.
 
-use std::{fmt, sync::atomic::AtomicU64, sync::atomic::Ordering, time::SystemTime, time::UNIX_EPOCH};
+use std::{
+    fmt,
+    hash::Hash,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use ebpf_abi::reason::{DropReason, Verdict as KernelVerdict};
 use node_core::workload::ObjectName;
@@ -31,15 +39,15 @@ const UNKNOWN: &str = "unknown";
 /// All metrics of a daemon.
 pub struct Metrics {
     registry: Registry,
-    opened: Family<ConnectionLabels, Counter>,
-    closed: Family<ConnectionLabels, Counter>,
+    opened: Bounded<ConnectionLabels, Counter>,
+    closed: Bounded<ConnectionLabels, Counter>,
     sent_bytes: Family<ConnectionLabels, Counter>,
     received_bytes: Family<ConnectionLabels, Counter>,
     denials: Family<DenialLabels, Counter>,
     kernel_drops: Family<ReasonLabels, Counter<u64, AtomicU64>>,
     kernel_verdicts: Family<VerdictLabels, Counter<u64, AtomicU64>>,
     unmeshed: Gauge,
-    certificate_expiry: Family<IdentityLabels, Gauge>,
+    certificate_expiry: Bounded<IdentityLabels, Gauge>,
     certificates_issued: Counter,
     certificate_failures: Counter,
     authority_failures: Counter,
@@ -125,12 +133,18 @@ impl Metrics {
         match event {
             Event::ConnectionOpened(ends) => return self.count_opened(ends),
             Event::ConnectionEnded(record) => return self.count_ended(record),
-            Event::WorkloadEnrolled { .. } => drop(self.enrolled.inc()),
-            Event::WorkloadLeft { .. } => drop(self.enrolled.dec()),
+            Event::WorkloadEnrolled { .. } => {
+                self.enrolled.inc();
+            }
+            Event::WorkloadLeft { .. } => {
+                self.enrolled.dec();
+            }
             Event::WorkloadRefused { reason, .. } => {
                 self.refusals.get_or_create(&ReasonLabels { reason }).inc();
             }
-            Event::WorkloadRepaired { .. } => drop(self.repairs.inc()),
+            Event::WorkloadRepaired { .. } => {
+                self.repairs.inc();
+            }
             Event::UnmeshedConnections { remaining, .. } => {
                 self.unmeshed.inc_by(i64::try_from(*remaining).unwrap_or(i64::MAX));
             }
@@ -139,10 +153,14 @@ impl Metrics {
                 return self.set_expiry(identity, *not_after);
             }
             Event::CertificateDropped { identity } => {
-                self.certificate_expiry.remove(&IdentityLabels { identity: identity.clone() });
+                self.certificate_expiry.forget(&IdentityLabels { identity: identity.clone() });
             }
-            Event::CertificateRenewalFailed { .. } => drop(self.certificate_failures.inc()),
-            Event::AuthorityFailed { .. } => drop(self.authority_failures.inc()),
+            Event::CertificateRenewalFailed { .. } => {
+                self.certificate_failures.inc();
+            }
+            Event::AuthorityFailed { .. } => {
+                self.authority_failures.inc();
+            }
             Event::LimitReached { limit, .. } => {
                 self.limits.get_or_create(&LimitLabels { limit }).inc();
             }
@@ -151,12 +169,20 @@ impl Metrics {
                 self.document_problems.set(i64::try_from(*problems).unwrap_or(i64::MAX));
             }
             Event::DocumentRefused { .. } | Event::FileUnreadable { .. } => {
-                drop(self.documents_refused.inc())
+                self.documents_refused.inc();
             }
-            Event::KernelFailed { .. } => drop(self.kernel_failures.inc()),
-            Event::AcceptFailed { .. } => drop(self.accept_failures.inc()),
-            Event::Readiness { ready, .. } => drop(self.ready.set(i64::from(*ready))),
-            Event::DaemonStopped { .. } => drop(self.ready.set(0)),
+            Event::KernelFailed { .. } => {
+                self.kernel_failures.inc();
+            }
+            Event::AcceptFailed { .. } => {
+                self.accept_failures.inc();
+            }
+            Event::Readiness { ready, .. } => {
+                self.ready.set(i64::from(*ready));
+            }
+            Event::DaemonStopped { .. } => {
+                self.ready.set(0);
+            }
             Event::DaemonStarting { .. }
             | Event::DaemonDraining { .. }
             | Event::NodeJoined { .. }
@@ -167,8 +193,8 @@ impl Metrics {
     }
 
     fn count_opened(&self, ends: &Ends) -> Option<&'static str> {
-        let (labels, limit) = bounded(&self.opened, ConnectionLabels::of(ends), ConnectionLabels::other);
-        self.opened.get_or_create(&labels).inc();
+        let (labels, limit) = self.opened.admit(ConnectionLabels::of(ends), ConnectionLabels::other);
+        self.opened.family.get_or_create(&labels).inc();
         limit
     }
 
@@ -180,9 +206,8 @@ impl Metrics {
         if !record.opened {
             return None;
         }
-        let (labels, limit) =
-            bounded(&self.closed, ConnectionLabels::of(&record.ends), ConnectionLabels::other);
-        self.closed.get_or_create(&labels).inc();
+        let (labels, limit) = self.closed.admit(ConnectionLabels::of(&record.ends), ConnectionLabels::other);
+        self.closed.family.get_or_create(&labels).inc();
         self.received_bytes.get_or_create(&labels).inc_by(record.bytes_in);
         self.sent_bytes.get_or_create(&labels).inc_by(record.bytes_out);
         limit
@@ -192,22 +217,49 @@ impl Metrics {
         let seconds = not_after.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let other = |_: IdentityLabels| IdentityLabels { identity: OTHER.to_owned() };
         let (labels, limit) =
-            bounded(&self.certificate_expiry, IdentityLabels { identity: identity.to_owned() }, other);
-        self.certificate_expiry.get_or_create(&labels).set(i64::try_from(seconds).unwrap_or(i64::MAX));
+            self.certificate_expiry.admit(IdentityLabels { identity: identity.to_owned() }, other);
+        self.certificate_expiry.family.get_or_create(&labels).set(i64::try_from(seconds).unwrap_or(i64::MAX));
         limit
     }
 }
 
-/// `labels` if they are counted already or may still be, else `other`, and then the limit's name.
-fn bounded<L, M>(family: &Family<L, M>, labels: L, other: impl FnOnce(L) -> L) -> (L, Option<&'static str>)
-where
-    L: Clone + std::hash::Hash + Eq,
-    M: Default,
-{
-    if family.len() < LABEL_SETS_MAX || family.contains(&labels) {
-        return (labels, None);
+/// A family that stops at [`LABEL_SETS_MAX`] label sets.
+#[derive(Clone)]
+struct Bounded<L, M> {
+    family: Family<L, M>,
+    sets: Arc<AtomicUsize>,
+}
+
+impl<L: Clone + Hash + Eq, M: Default> Default for Bounded<L, M> {
+    fn default() -> Self {
+        Self { family: Family::default(), sets: Arc::default() }
     }
-    (other(labels), Some(LABEL_SETS_LIMIT))
+}
+
+impl<L, M> Bounded<L, M>
+where
+    L: Clone + Hash + Eq,
+    M: Clone + Default,
+{
+    /// `labels` if they are counted already or may still be, else `other`, and then the limit's name. Two threads that
+    /// meet at the limit may pass it by one.
+    fn admit(&self, labels: L, other: impl FnOnce(L) -> L) -> (L, Option<&'static str>) {
+        if self.family.get(&labels).is_some() {
+            return (labels, None);
+        }
+        if self.sets.load(Ordering::Relaxed) >= LABEL_SETS_MAX {
+            return (other(labels), Some(LABEL_SETS_LIMIT));
+        }
+        self.sets.fetch_add(1, Ordering::Relaxed);
+        drop(self.family.get_or_create(&labels));
+        (labels, None)
+    }
+
+    fn forget(&self, labels: &L) {
+        if self.family.remove(labels) {
+            self.sets.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
 }
 
 impl ConnectionLabels {
@@ -274,15 +326,15 @@ impl Default for Metrics {
     fn default() -> Self {
         let mut all = Self {
             registry: Registry::default(),
-            opened: Family::default(),
-            closed: Family::default(),
+            opened: Bounded::default(),
+            closed: Bounded::default(),
             sent_bytes: Family::default(),
             received_bytes: Family::default(),
             denials: Family::default(),
             kernel_drops: Family::default(),
             kernel_verdicts: Family::default(),
             unmeshed: Gauge::default(),
-            certificate_expiry: Family::default(),
+            certificate_expiry: Bounded::default(),
             certificates_issued: Counter::default(),
             certificate_failures: Counter::default(),
             authority_failures: Counter::default(),
@@ -309,12 +361,12 @@ impl Metrics {
         registry.register(
             "istio_tcp_connections_opened",
             "Connections that were admitted",
-            self.opened.clone(),
+            self.opened.family.clone(),
         );
         registry.register(
             "istio_tcp_connections_closed",
             "Admitted connections that are over",
-            self.closed.clone(),
+            self.closed.family.clone(),
         );
         registry.register("istio_tcp_sent_bytes", "Bytes from servers to clients", self.sent_bytes.clone());
         registry.register(
@@ -341,7 +393,7 @@ impl Metrics {
         registry.register(
             "culvert_certificate_expiry_seconds",
             "Unix time at which the certificate in use expires",
-            self.certificate_expiry.clone(),
+            self.certificate_expiry.family.clone(),
         );
         registry.register(
             "culvert_certificates_issued",
