@@ -36,11 +36,13 @@ class Tier(BaseHTTPRequestHandler):
         pass
 
 
-class DualStack(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
 
 name, port, marker = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 upstream = sys.argv[4] if len(sys.argv) > 4 else None
-DualStack(("0.0.0.0", port), Tier).serve_forever()
+server = Server(("0.0.0.0", port), Tier)
+print("listening", flush=True)
+server.serve_forever()

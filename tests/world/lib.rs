@@ -14,6 +14,7 @@
 //! Nothing here decides what is right: that is the scenarios' business.
 
 pub mod app;
+pub mod attacker;
 pub mod ca;
 pub mod cgroup;
 pub mod documents;
