@@ -35,8 +35,18 @@ const SCENES: [Scene; 6] = [
     Scene { from: "photo-frontend", to: "photo-backend", path: "/", expected: Expected::Answer },
     Scene { from: "photo-frontend", to: "photo-backend", path: "/deeper", expected: Expected::Answer },
     Scene { from: "photo-backend", to: "datastore", path: "/", expected: Expected::Answer },
-    Scene { from: "photo-frontend", to: "datastore", path: "/", expected: Expected::Refusal("no_rule_allows") },
-    Scene { from: "datastore", to: "photo-backend", path: "/", expected: Expected::Refusal("no_rule_allows") },
+    Scene {
+        from: "photo-frontend",
+        to: "datastore",
+        path: "/",
+        expected: Expected::Refusal("no_rule_allows"),
+    },
+    Scene {
+        from: "datastore",
+        to: "photo-backend",
+        path: "/",
+        expected: Expected::Refusal("no_rule_allows"),
+    },
     Scene { from: "visitor", to: "datastore", path: "/", expected: Expected::Refusal("plaintext_refused") },
 ];
 

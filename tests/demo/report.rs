@@ -33,7 +33,8 @@ impl Report {
         let route = format!("{} -> {}{}", scene.from, scene.to, scene.path);
         self.count(as_expected);
         if !as_expected {
-            self.lines.push(format!("NOT AS EXPECTED  {route}: expected {expected}, got: {said}\n    {record}"));
+            self.lines
+                .push(format!("NOT AS EXPECTED  {route}: expected {expected}, got: {said}\n    {record}"));
             return;
         }
         self.lines.push(format!(
@@ -49,8 +50,7 @@ impl Report {
 
     /// What somebody between the nodes saw of all that.
     pub(crate) fn wire(&mut self, seen: &Seen) {
-        // The visitor's own request is plaintext by its own choice, so its connection does not count; it got no answer.
-        self.plaintext_bytes = seen.answered_plaintext_bytes();
+        self.plaintext_bytes = seen.plaintext_bytes();
         self.count(self.plaintext_bytes == 0 && seen.needles == 0 && seen.missed == 0);
         self.lines.push(format!(
             "\nbetween the nodes: {} frames, {} bytes of TCP payload in the tunnel, {} bytes of the applications' payload in \
@@ -106,7 +106,12 @@ fn tls(facts: &Value) -> String {
     if facts.is_null() {
         return "no TLS".to_owned();
     }
-    format!("{}, {}, {}", text(&facts["version"], "?"), text(&facts["group"], "?"), text(&facts["cipher"], "?"))
+    format!(
+        "{}, {}, {}",
+        text(&facts["version"], "?"),
+        text(&facts["group"], "?"),
+        text(&facts["cipher"], "?")
+    )
 }
 
 fn text<'value>(value: &'value Value, otherwise: &'value str) -> &'value str {

@@ -1,4 +1,6 @@
 //! The stage: two nodes, the three tiers, two pods that no mesh knows, and how one asks another.
+//!
+//! The visitor is on the store's node: what it says in the clear, by its own choice, does not cross the wire.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -59,8 +61,8 @@ impl Stage {
             ("photo-frontend", world.pod(a, Plan::new("photo", "photo-frontend").port("http", PORT))),
             ("photo-backend", world.pod(b, Plan::new("photo", "photo-backend").port("http", PORT))),
             ("datastore", world.pod(a, Plan::new("datastore", "datastore").port("http", PORT))),
-            ("visitor", world.pod(b, Plan::new("elsewhere", "visitor").outside())),
-            ("neighbour", world.pod(a, Plan::new("elsewhere", "neighbour").outside())),
+            ("visitor", world.pod(a, Plan::new("elsewhere", "visitor").outside())),
+            ("neighbour", world.pod(b, Plan::new("elsewhere", "neighbour").outside())),
         ]);
         let documents = world.documents();
         for (file, text) in [("mesh.yaml", MESH), ("services.yaml", SERVICES), ("policy.yaml", POLICY)] {
@@ -126,7 +128,8 @@ impl Stage {
 
     /// Two pods that the mesh does not know, on two nodes: the same request in the clear.
     pub(crate) fn ask_without_mesh(&self) {
-        let (answered, said) = self.ask("neighbour", &format!("http://{}:{PORT}/", self.pods["visitor"].v4()));
+        let (answered, said) =
+            self.ask("neighbour", &format!("http://{}:{PORT}/", self.pods["visitor"].v4()));
         assert!(answered, "pods outside the mesh reach each other: {said}");
     }
 
