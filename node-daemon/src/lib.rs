@@ -1,3 +1,7 @@
 //! A node's daemon: everything that reads, writes, listens or waits. Decisions are in [`node_core`].
 
 pub mod telemetry;
+
+pub mod sys;
+
+pub mod net;
