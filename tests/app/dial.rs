@@ -59,6 +59,9 @@ fn open(wanted: &Connect, target: &SocketAddr) -> io::Result<Socket> {
     if let Some(device) = &wanted.device {
         socket.bind_device(Some(device.as_bytes()))?;
     }
+    if wanted.mark != 0 {
+        socket.set_mark(wanted.mark)?;
+    }
     if let Some(from) = wanted.bind {
         socket.bind(&from.into())?;
     }

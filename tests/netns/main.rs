@@ -1,5 +1,8 @@
 //! Scenarios with network namespaces as nodes and pods, and the real programs in the real kernel.
 //!
-//! Root is needed. Run them with `cargo xtask test`, which builds the programs first and uses one thread.
+//! Root is needed. Run them with `cargo xtask test`, which builds the programs first and uses one thread. Every case
+//! that a threat or a rule of the policy asks for cites it.
 
+mod cases;
+mod photo;
 mod plain;

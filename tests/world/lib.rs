@@ -18,6 +18,7 @@ pub mod attacker;
 pub mod ca;
 pub mod cgroup;
 pub mod documents;
+pub mod expect;
 mod http;
 pub mod metrics;
 pub mod namespace;
@@ -171,7 +172,8 @@ route add default via fd00:9::1",
         let (v4, v6) = pod_addresses(node.number(), index);
         let namespace = Namespace::create(&format!("{}-{}", self.prefix, plan.name))?;
         connect_pod(node, &namespace, index, v4, v6)?;
-        let cgroup = node.cgroup().below(&format!("pod-{}", plan.name))?;
+        let parent = plan.inside.as_ref().map_or(node.cgroup(), |outer| outer.cgroup());
+        let cgroup = parent.below(&format!("pod-{}", plan.name))?;
         let app = App::start(&plan.name, &namespace, &cgroup)?;
         self.tell(Pod { plan, node: node.clone(), place: Place::Pod(namespace), v4, v6, app, cgroup })
     }
@@ -227,14 +229,32 @@ route add default via fd00:9::1",
     #[track_caller]
     pub fn start_daemons(&self) {
         let nodes = locked(&self.nodes).clone();
-        for node in &nodes {
-            let token = self.ca.token(node.name(), "1h").expect("the CA mints tokens");
-            node.put_token(&token).expect("the world's folders are writable");
+        self.start_daemons_of(&nodes.iter().map(Arc::as_ref).collect::<Vec<_>>());
+    }
+
+    /// Gives each of these nodes a token and starts its daemon.
+    ///
+    /// # Panics
+    /// If one does not become ready.
+    #[track_caller]
+    pub fn start_daemons_of(&self, nodes: &[&Node]) {
+        for node in nodes {
+            self.give_token(node);
             node.launch();
         }
-        for node in &nodes {
+        for node in nodes {
             node.wait_ready();
         }
+    }
+
+    /// Gives a node a join token of the CA.
+    ///
+    /// # Panics
+    /// If the CA mints none.
+    #[track_caller]
+    pub fn give_token(&self, node: &Node) {
+        let token = self.ca.token(node.name(), "1h").expect("the CA mints tokens");
+        node.put_token(&token).expect("the world's folders are writable");
     }
 
     /// Captures what passes between a node and the wire.
@@ -272,7 +292,10 @@ impl Drop for World {
             }
         }
         self.ca.tear_down();
-        locked(&self.pods).clear();
+        let mut pods = std::mem::take(&mut *locked(&self.pods));
+        while let Some(pod) = pods.pop() {
+            drop(pod);
+        }
         locked(&self.nodes).clear();
         drop(self.group.take());
         let _ = std::fs::remove_dir_all(&self.folder);

@@ -20,6 +20,7 @@ pub struct Plan {
     pub(crate) ports: Vec<(String, u16)>,
     pub(crate) enrolled: bool,
     pub(crate) extra: String,
+    pub(crate) inside: Option<Arc<Pod>>,
 }
 
 impl Plan {
@@ -32,6 +33,7 @@ impl Plan {
             ports: Vec::new(),
             enrolled: true,
             extra: String::new(),
+            inside: None,
         }
     }
 
@@ -50,6 +52,12 @@ impl Plan {
     /// Nobody tells the mesh of it.
     pub fn outside(mut self) -> Self {
         self.enrolled = false;
+        self
+    }
+
+    /// Runs in the control group of another, as a container in a pod's container does.
+    pub fn inside(mut self, outer: &Arc<Pod>) -> Self {
+        self.inside = Some(outer.clone());
         self
     }
 

@@ -206,6 +206,8 @@ pub struct Connect {
     pub mptcp: bool,
     /// `SO_BINDTODEVICE`.
     pub device: Option<String>,
+    /// `SO_MARK` before connect; 0 leaves it alone.
+    pub mark: u32,
     /// `SO_MARK = 0` after connect and before the first write.
     pub clear_mark: bool,
     /// Sent with the connect (Fast Open) or right after it.
@@ -225,6 +227,7 @@ impl Connect {
             fast_open: FastOpen::Off,
             mptcp: false,
             device: None,
+            mark: 0,
             clear_mark: false,
             first: String::new(),
             timeout_ms: 20_000,
