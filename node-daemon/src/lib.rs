@@ -5,3 +5,7 @@ pub mod telemetry;
 pub mod sys;
 
 pub mod net;
+
+pub mod kernel;
+
+pub mod certs;
