@@ -1,16 +1,39 @@
 //! Who may reach whom: objects of both ages in, one compiled form, verdicts out.
 //!
-//! Takes [`Object`](crate::decode::Object)s and the inventory of workloads and services; gives a [`Permit`] or a
-//! [`Denial`]. Knows no socket, no certificate and no clock.
+//! ```text
+//! Object --> [authn_v1alpha1 | rbac_v1alpha1 | security_v1] --> objects --> book --> compile --> evaluate
+//!             front ends, through one reader                    last good   by age   per port     Permit | Denial
+//! ```
+//!
+//! [`PolicyObjects`] keeps the last good version of each object and remembers refused ones; [`compile`] makes, from them
+//! and the [`Inventory`], one table for each port of each local workload; [`Compiled::authorise`] gives a [`Permit`] or a
+//! [`Denial`]. What cannot be enforced denies, and [`ObjectStatus`] says so. Knows no socket, no certificate and no clock.
+//! Not here: requests (methods, paths, tokens). Rules about them are read, and judged as layer 4 must.
 
-mod minimal;
-
-pub use minimal::{Compiled, Inventory, ObjectStatus, PolicyObjects, compile};
+mod authn_v1alpha1;
+mod book;
+mod compile;
+mod evaluate;
+mod matching;
+mod objects;
+mod rbac_v1alpha1;
+mod reader;
+mod rules;
+mod security_v1;
+mod status;
+#[cfg(test)]
+mod tests;
+mod transport;
 
 use std::{net::IpAddr, sync::Arc};
 
 use spiffe_id::SpiffeId;
 
+pub use self::{
+    compile::{Compiled, Inventory, compile},
+    objects::PolicyObjects,
+    status::ObjectStatus,
+};
 use crate::workload::{ObjectName, Workload};
 
 /// What is known of one connection when it asks for admission.
@@ -44,7 +67,19 @@ pub enum Presented {
 /// Only the policy makes one, and every function that sends a byte to a workload asks for one:
 ///
 /// ```compile_fail
-/// let permit = node_core::policy::Permit { rule: todo!() };
+/// let permit = node_core::policy::Permit { verdict: node_core::policy::Verdict::default() };
+/// ```
+///
+/// Nor is there a way to make a second one out of the first:
+///
+/// ```compile_fail
+/// fn keep(permit: &node_core::policy::Permit) -> node_core::policy::Permit { permit.clone() }
+/// ```
+///
+/// Its verdict may be read, which shows that the two refusals above are about making:
+///
+/// ```
+/// fn read(permit: &node_core::policy::Permit) -> &node_core::policy::Verdict { permit.verdict() }
 /// ```
 #[derive(Debug)]
 #[must_use]

@@ -1,0 +1,196 @@
+//! What a port demands of the connection itself: `PeerAuthentication` before `Policy` before `MeshPolicy` before the
+//! mesh's default (policy A-4, F-1, F-4).
+
+use std::collections::BTreeMap;
+
+use super::{
+    authn_v1alpha1::{DEFAULT_NAME, Policy, PortSelector, Target, Tokens},
+    book::{Book, Candidate, Notes},
+    objects::Reach,
+    rules::Transport,
+    security_v1::PeerAuthentication,
+};
+use crate::workload::{Protocol, Service, ServicePort, TransportMode, Workload};
+
+/// One port of a local workload.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place<'a> {
+    pub(super) workload: &'a Workload,
+    /// `None`: any port that nothing names.
+    pub(super) port: Option<u16>,
+    pub(super) protocol: Protocol,
+    pub(super) owner: Option<&'a Owner<'a>>,
+}
+
+/// The service on whose behalf a port is open, and which of its ports lead there (policy A-4, H-1).
+#[derive(Debug)]
+pub(super) struct Owner<'a> {
+    pub(super) service: &'a Service,
+    pub(super) ports: Vec<&'a ServicePort>,
+}
+
+/// The transport of one port.
+pub(super) fn transport(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> Transport {
+    let by_policy = by_policies(place, book, notes);
+    match by_peer_authentication(place, book, notes) {
+        None => by_policy,
+        // Transport is the PeerAuthentication's alone; what the Policy asks of tokens still stands.
+        Some(transport) if by_policy.is_unusable && !transport.is_unusable => {
+            Transport { mode: transport.mode, ..by_policy }
+        }
+        Some(transport) => transport,
+    }
+}
+
+/// Whether a selector selects the workload; an empty one selects all.
+pub(super) fn selects(selector: &BTreeMap<String, String>, workload: &Workload) -> bool {
+    selector.iter().all(|(key, value)| workload.labels.get(key) == Some(value))
+}
+
+/// Selector, namespace, mesh: the oldest of each level, and UNSET inherits (policy F-1).
+fn by_peer_authentication(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> Option<Transport> {
+    let own = &*place.workload.name.namespace;
+    let root = book.mesh.root_namespace.as_str();
+    let all = &book.peer_authentications;
+    let selected = |candidate: &&Candidate<'_, &PeerAuthentication>| {
+        book.is_in_scope(&candidate.name.namespace, own)
+            && match candidate.body {
+                Ok(body) => !body.selector.is_empty() && selects(&body.selector, place.workload),
+                Err(Reach::Selected(selector)) => selects(selector, place.workload),
+                Err(Reach::Unreadable) => true,
+                Err(Reach::Scope | Reach::Targets(_) | Reach::Nobody) => false,
+            }
+    };
+    let covers = |namespace: &str, candidate: &Candidate<'_, &PeerAuthentication>| {
+        &*candidate.name.namespace == namespace
+            && match candidate.body {
+                Ok(body) => body.selector.is_empty(),
+                Err(reach) => *reach == Reach::Scope,
+            }
+    };
+    oldest(all.iter().filter(selected), notes)
+        .and_then(|candidate| level(candidate, place))
+        .or_else(|| {
+            oldest(all.iter().filter(|c| covers(own, c)), notes).and_then(|candidate| level(candidate, place))
+        })
+        .or_else(|| {
+            oldest(all.iter().filter(|c| covers(root, c)), notes)
+                .and_then(|candidate| level(candidate, place))
+        })
+}
+
+/// `None`: UNSET.
+fn level(candidate: &Candidate<'_, &PeerAuthentication>, place: &Place<'_>) -> Option<Transport> {
+    let policy = Some(candidate.label.clone());
+    let Ok(body) = candidate.body else {
+        return Some(Transport { mode: TransportMode::Strict, policy, is_unusable: true });
+    };
+    let by_port = place.port.and_then(|port| body.ports.get(&port).copied().flatten());
+    let mode = by_port.or(body.mode)?;
+    Some(Transport { mode, policy, is_unusable: false })
+}
+
+/// The first of the sorted candidates; the others learn that they have no effect (policy G-16).
+fn oldest<'b, 'a: 'b, T: 'b>(
+    mut candidates: impl Iterator<Item = &'b Candidate<'a, T>>,
+    notes: &mut Notes,
+) -> Option<&'b Candidate<'a, T>> {
+    let first = candidates.next()?;
+    for younger in candidates {
+        let sentence = format!("where {} applies too, that one is older and alone has effect", first.label);
+        notes.problem(younger.label, "metadata.creationTimestamp", sentence);
+    }
+    Some(first)
+}
+
+/// Exactly one policy, without merging (policy A-4). Where several ports of the service lead to one port of the
+/// workload, the strictest answer.
+fn by_policies(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> Transport {
+    let mut strictest: Option<Transport> = None;
+    let owner_ports = place.owner.map_or(&[][..], |owner| &owner.ports);
+    for port in owner_ports.iter().copied().map(Some).chain(owner_ports.is_empty().then_some(None)) {
+        let transport = by_policy(place, port, book, notes);
+        if strictest.as_ref().is_none_or(|known| strictness(&transport) > strictness(known)) {
+            strictest = Some(transport);
+        }
+    }
+    strictest.unwrap_or(Transport { mode: book.mesh.default_mode, policy: None, is_unusable: false })
+}
+
+fn strictness(transport: &Transport) -> (bool, u8) {
+    let mode = match transport.mode {
+        TransportMode::Strict => 2,
+        TransportMode::Permissive => 1,
+        TransportMode::Disabled => 0,
+    };
+    (transport.is_unusable, mode)
+}
+
+fn by_policy(place: &Place<'_>, port: Option<&ServicePort>, book: &Book<'_>, notes: &mut Notes) -> Transport {
+    let own = &*place.workload.name.namespace;
+    let service = place.owner.map(|owner| &*owner.service.name.name);
+    let mut here = book.policies.iter().filter(|candidate| &*candidate.name.namespace == own).peekable();
+    let is_closer = |candidate: &&Candidate<'_, &Policy>| {
+        let targets = |targets: &[Target]| {
+            service.zip(port).is_some_and(|(service, port)| targets.iter().any(|t| t.includes(service, port)))
+        };
+        match candidate.body {
+            Ok(policy) => targets(&policy.targets),
+            Err(Reach::Targets(list)) => targets(list),
+            Err(Reach::Unreadable) => true,
+            Err(Reach::Scope | Reach::Selected(_) | Reach::Nobody) => false,
+        }
+    };
+    let is_scope_wide = |candidate: &&Candidate<'_, &Policy>| match candidate.body {
+        Ok(policy) => policy.targets.is_empty(),
+        Err(reach) => *reach == Reach::Scope,
+    };
+    if here.peek().is_some() {
+        let closer = oldest(here.clone().filter(is_closer), notes)
+            .or_else(|| default_first(here.filter(is_scope_wide)));
+        if let Some(candidate) = closer {
+            return applied(candidate, place, notes);
+        }
+    }
+    match default_first(book.mesh_policies.iter()) {
+        Some(candidate) => applied(candidate, place, notes),
+        None => Transport { mode: book.mesh.default_mode, policy: None, is_unusable: false },
+    }
+}
+
+/// The one named `default`; else a misnamed one, which is unusable (policy A-3).
+fn default_first<'b, 'a: 'b, T: 'b>(
+    candidates: impl Iterator<Item = &'b Candidate<'a, T>>,
+) -> Option<&'b Candidate<'a, T>> {
+    candidates.min_by_key(|candidate| &*candidate.name.name != DEFAULT_NAME)
+}
+
+fn applied(candidate: &Candidate<'_, &Policy>, place: &Place<'_>, notes: &mut Notes) -> Transport {
+    let label = Some(candidate.label.clone());
+    let Ok(policy) = candidate.body else {
+        return Transport { mode: TransportMode::Strict, policy: label, is_unusable: true };
+    };
+    let needs_requests = match (policy.tokens, place.protocol) {
+        (Tokens::NotAsked | Tokens::Optional, _) => false,
+        (Tokens::Required | Tokens::Impossible, Protocol::Tcp) => {
+            // policy A-7
+            let port = place.port.map_or_else(|| "its other ports".to_owned(), |port| format!("port {port}"));
+            let sentence =
+                format!("no effect on {port} of {}, which carries TCP, not HTTP", place.workload.name);
+            notes.problem(candidate.label, "spec.origins", sentence);
+            false
+        }
+        (Tokens::Required | Tokens::Impossible, Protocol::Http | Protocol::Grpc) => true,
+    };
+    Transport { mode: policy.mode, policy: label, is_unusable: needs_requests }
+}
+
+impl Target {
+    fn includes(&self, service: &str, port: &ServicePort) -> bool {
+        let is_port = |selector: &PortSelector| match selector {
+            PortSelector::Number(number) => *number == port.port,
+            PortSelector::Name(name) => port.name.as_ref() == Some(name),
+        };
+        self.service == service && (self.ports.is_empty() || self.ports.iter().any(is_port))
+    }
+}
