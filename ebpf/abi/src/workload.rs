@@ -63,6 +63,8 @@ pub struct SteerMeta {
     pub netns_cookie: u64,
     /// Hash of the object from which the program was loaded: a successor with another object swaps the program too.
     pub object: u64,
+    /// Id of the cgroup to which a host workload's programs are attached; 0 for a pod.
+    pub cgroup: u64,
     pub number: WorkloadNumber,
     /// Length of `key` in bytes.
     pub key_len: u32,
@@ -75,4 +77,4 @@ const _: () = assert!(size_of::<OwnAddressKey>() == 4 + 16);
 const _: () = assert!(size_of::<WorkloadValue>() == 8);
 const _: () = assert!(size_of::<CapturedRecord>() == 4);
 const _: () = assert!(size_of::<ExemptRecord>() == 4);
-const _: () = assert!(size_of::<SteerMeta>() == 8 + 8 + 4 + 4 + KEY_LEN_MAX);
+const _: () = assert!(size_of::<SteerMeta>() == 8 + 8 + 8 + 4 + 4 + KEY_LEN_MAX);

@@ -1,0 +1,147 @@
+//! What happens to sockets after the connect hook: a captured socket that listens is cleared, and connects of host
+//! workloads say who they are.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
+    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
+    programs::SockOpsContext,
+};
+use ebpf::verdict::{self, Ended};
+use ebpf_abi::{Address, DropReason, Origin, Tuple, WorkloadNumber};
+
+use crate::{
+    maps::{
+        close_origin, count_drop, forget_captured, forget_origin, host_workload, is_captured, is_exempt,
+        is_instance_of_host_workload, is_own_address, our_mark, publish_origin, set_mark,
+    },
+    words::{AF_INET, address6, field, v4},
+};
+
+#[inline(always)]
+pub(crate) fn event(context: &SockOpsContext) -> u32 {
+    let raw = context.ops;
+    match field!(raw, op) {
+        BPF_SOCK_OPS_TCP_LISTEN_CB => listens(context),
+        BPF_SOCK_OPS_TCP_CONNECT_CB if is_instance_of_host_workload() => connects(context),
+        BPF_SOCK_OPS_STATE_CB if is_instance_of_host_workload() => {
+            let last_state = field!(raw, __bindgen_anon_1.args[0]);
+            let state = field!(raw, __bindgen_anon_1.args[1]);
+            if state == BPF_TCP_CLOSE {
+                closes(context, last_state);
+            }
+        }
+        _ => {}
+    }
+    0
+}
+
+/// A captured socket that was disconnected and listens would send its SYN-ACKs to `lo`.
+#[inline(always)]
+fn listens(context: &SockOpsContext) {
+    let sk = socket_of(context);
+    // SAFETY: checked for null; the socket is the one of this hook's context.
+    if sk.is_null() || !unsafe { is_captured(sk) } {
+        return;
+    }
+    if !clear_mark(context, sk) {
+        count_drop(DropReason::ClearFailed);
+        return;
+    }
+    // SAFETY: as above.
+    unsafe { forget_captured(sk) };
+}
+
+/// Publishes who connects, before the SYN: the daemon's listeners on a host serve many workloads.
+#[inline(always)]
+fn connects(context: &SockOpsContext) {
+    // SAFETY: the context is the one of this hook.
+    let cookie = unsafe { bpf_get_netns_cookie(context.as_ptr()) };
+    let Some(workload) = host_workload(cookie) else { return };
+    let sk = socket_of(context);
+    // SAFETY: checked for null; the socket is the one of this hook's context.
+    if sk.is_null() || unsafe { is_exempt(sk) } {
+        return;
+    }
+    // SAFETY: as above.
+    let captured = unsafe { is_captured(sk) };
+    let tuple = tuple_of(context);
+    if !captured && !is_own_address(workload, &tuple.target) {
+        return;
+    }
+    if publish(context, workload, captured, &tuple) {
+        return;
+    }
+    count_drop(DropReason::OriginFailed);
+    if captured {
+        // Nobody would know whose connection it is, and without an origin it could meet a listener of the host. Without
+        // the mark it takes the way to the real interface, where the guard holds it: the connect times out.
+        clear_mark(context, sk);
+    }
+}
+
+/// An origin outlives its socket only where the daemon may still have the connection in its queue.
+#[inline(always)]
+fn closes(context: &SockOpsContext, last_state: u32) {
+    let tuple = tuple_of(context);
+    // SAFETY: the context is the one of this hook.
+    let cookie = unsafe { bpf_get_socket_cookie(context.as_ptr()) };
+    match verdict::ended(last_state) {
+        Ended::Aborted => forget_origin(&tuple, cookie),
+        // SAFETY: the helper only reads the clock.
+        Ended::InOrder => close_origin(&tuple, cookie, unsafe { bpf_ktime_get_ns() }),
+    }
+}
+
+#[inline(always)]
+fn publish(context: &SockOpsContext, workload: WorkloadNumber, captured: bool, tuple: &Tuple) -> bool {
+    let flags = field!(context.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
+    if context.set_cb_flags(flags as i32).is_err() {
+        return false;
+    }
+    // SAFETY: the context is the one of this hook.
+    let socket_cookie = unsafe { bpf_get_socket_cookie(context.as_ptr()) };
+    publish_origin(tuple, &Origin { workload, captured: u32::from(captured), socket_cookie, closed_nanos: 0 })
+}
+
+/// False where the mark could not be cleared.
+#[inline(always)]
+fn clear_mark(context: &SockOpsContext, sk: *mut bpf_sock) -> bool {
+    let mark = field!(sk, mark);
+    // SAFETY: the context is the one of this hook.
+    mark & our_mark() == 0 || unsafe { set_mark(context.as_ptr(), mark & !our_mark()) }
+}
+
+#[inline(always)]
+fn socket_of(context: &SockOpsContext) -> *mut bpf_sock {
+    field!(context.ops, __bindgen_anon_2.sk)
+}
+
+/// The connection from the view of the socket that opened it.
+#[inline(always)]
+fn tuple_of(context: &SockOpsContext) -> Tuple {
+    let raw: *mut bpf_sock_ops = context.ops;
+    let [source, target] = addresses_of(raw);
+    Tuple {
+        source,
+        target,
+        source_port: field!(raw, local_port) as u16,
+        // The upper half in network byte order.
+        target_port: u32::from_be(field!(raw, remote_port)) as u16,
+    }
+}
+
+/// A v4-mapped socket has its addresses in the IPv4 fields, too, and there earlier.
+#[inline(always)]
+fn addresses_of(raw: *mut bpf_sock_ops) -> [Address; 2] {
+    if field!(raw, family) != AF_INET {
+        let target = address6!(raw, remote_ip6);
+        if !verdict::is_v4_mapped(&target) {
+            return [address6!(raw, local_ip6), target];
+        }
+    }
+    [v4(field!(raw, local_ip4)), v4(field!(raw, remote_ip4))]
+}

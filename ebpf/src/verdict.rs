@@ -1,0 +1,532 @@
+//! What happens to a connect, to an arriving connection, and to a packet.
+//!
+//! Each question is asked only when the answer counts, so a hook pays for one look-up at a time. None of these functions
+//! can fail: what is unknown has an answer, too.
+
+use ebpf_abi::{Address, LOOPBACK_IFINDEX, SocketSlot, TUNNEL_PORT, WorkloadNumber};
+
+/// What the connect hook knows of a socket that is about to connect.
+pub trait Connecting {
+    /// Whose socket it is, if it belongs to an enrolled workload whose connects are captured.
+    fn workload(&self) -> Option<WorkloadNumber>;
+    /// Whether the daemon recorded the socket as one of its own.
+    fn is_exempt(&self) -> bool;
+    /// Whether it is a TCP or MPTCP stream.
+    fn is_stream(&self) -> bool;
+    /// The address that it dials.
+    fn target(&self) -> Address;
+    /// Whether the workload itself has this address.
+    fn is_own(&self, workload: WorkloadNumber, address: &Address) -> bool;
+}
+
+/// What happens to a connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connect {
+    /// Not ours: nothing is read or written.
+    Pass,
+    /// The daemon's own: nothing is written (T-2).
+    PassExempt,
+    /// Goes to the workload itself: what an earlier connect left on the socket is removed.
+    PassLocal,
+    /// Is marked and recorded, or refused where that fails.
+    Capture(WorkloadNumber),
+}
+
+#[inline(always)]
+pub fn connect(socket: &impl Connecting) -> Connect {
+    let Some(workload) = socket.workload() else {
+        return Connect::Pass;
+    };
+    if socket.is_exempt() {
+        return Connect::PassExempt;
+    }
+    if !socket.is_stream() {
+        return Connect::Pass;
+    }
+    let target = socket.target();
+    if is_loopback(&target) || is_unspecified(&target) || socket.is_own(workload, &target) {
+        return Connect::PassLocal;
+    }
+    Connect::Capture(workload)
+}
+
+/// What the look-up of a listener knows of a connection that arrives.
+pub trait Arriving {
+    fn is_tcp(&self) -> bool;
+    /// The device from which it came. Local traffic shows `lo` only where its route says so: "not `lo`" is no proof of an
+    /// outside origin, "`lo`" is proof of a local one.
+    fn interface(&self) -> u32;
+    fn source(&self) -> Address;
+    fn target(&self) -> Address;
+    fn target_port(&self) -> u16;
+    /// Whether this namespace has the address.
+    fn is_own(&self, address: &Address) -> bool;
+    /// In a pod: whether connections to the port are left alone.
+    fn is_exempt_port(&self, port: u16) -> bool;
+    /// In the host's namespace: whether a host workload serves the port.
+    fn is_inbound_port(&self, port: u16) -> bool;
+    /// In the host's namespace: whether a captured connect of a host workload published exactly this connection.
+    fn is_captured(&self) -> bool;
+    /// In the host's namespace: whether the daemon announced exactly this connection as its delivery.
+    fn is_delivery(&self) -> bool;
+}
+
+/// What happens to an arriving connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Steer {
+    /// The ordinary look-up goes on.
+    Pass,
+    /// To the daemon's listener; dropped where there is none.
+    To(SocketSlot),
+}
+
+/// In the network namespace of a pod everything that is not local belongs to the daemon.
+#[inline(always)]
+pub fn steer_in_pod(arrival: &impl Arriving) -> Steer {
+    if !arrival.is_tcp() {
+        return Steer::Pass;
+    }
+    let target = arrival.target();
+    if !is_loopback(&target) && !arrival.is_own(&target) {
+        // Only the route of captured sockets delivers such an address here.
+        return Steer::To(SocketSlot::Outbound);
+    }
+    if arrival.interface() == LOOPBACK_IFINDEX {
+        return Steer::Pass;
+    }
+    let source = arrival.source();
+    if is_loopback(&source) || arrival.is_own(&source) {
+        return Steer::Pass;
+    }
+    let port = arrival.target_port();
+    if port == TUNNEL_PORT {
+        return Steer::To(SocketSlot::Tunnel);
+    }
+    if arrival.is_exempt_port(port) {
+        return Steer::Pass;
+    }
+    Steer::To(SocketSlot::Inbound)
+}
+
+/// In the host's namespace only what belongs to a host workload is the daemon's.
+///
+/// Addresses prove nothing here: the host has many, of many owners, and local processes share them (T-27). A captured
+/// connect is known by its exact tuple, an arriving one by its port, and the daemon's own delivery by its exact tuple.
+#[inline(always)]
+pub fn steer_in_host(arrival: &impl Arriving) -> Steer {
+    if !arrival.is_tcp() {
+        return Steer::Pass;
+    }
+    if is_loopback(&arrival.target()) {
+        return Steer::Pass;
+    }
+    if arrival.is_captured() {
+        return Steer::To(SocketSlot::Outbound);
+    }
+    let port = arrival.target_port();
+    if port == TUNNEL_PORT {
+        return Steer::To(SocketSlot::Tunnel);
+    }
+    if !arrival.is_inbound_port(port) {
+        return Steer::Pass;
+    }
+    // The daemon's sockets are bound to `lo`; a tuple that arrives from elsewhere is somebody else's.
+    if arrival.interface() == LOOPBACK_IFINDEX && arrival.is_delivery() {
+        return Steer::Pass;
+    }
+    Steer::To(SocketSlot::Inbound)
+}
+
+/// Whether a packet of a socket may leave by this interface (T-1, T-5).
+#[inline(always)]
+pub fn may_leave(interface: u32, is_captured: impl FnOnce() -> bool) -> bool {
+    interface == LOOPBACK_IFINDEX || !is_captured()
+}
+
+/// Whether a reset may reach a socket: a captured connect waits for the daemon instead of being refused (T-3).
+#[inline(always)]
+pub fn may_reset(is_captured: bool, is_connecting: bool) -> bool {
+    !(is_captured && is_connecting)
+}
+
+/// How a connection of a host workload ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The client closed it in order; the daemon may still have it in its queue.
+    InOrder,
+    /// Refused, reset or given up.
+    Aborted,
+}
+
+/// Judges the last state before CLOSE, in the kernel's numbers.
+#[inline(always)]
+pub fn ended(last_state: u32) -> Ended {
+    match last_state {
+        TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_LAST_ACK | TCP_CLOSING => Ended::InOrder,
+        _ => Ended::Aborted,
+    }
+}
+
+/// 127.0.0.0/8, also v4-mapped, and ::1.
+#[inline(always)]
+pub fn is_loopback(address: &Address) -> bool {
+    let [high, low] = halves(address);
+    (high == 0 && low == 1) || (high == 0 && low >> 24 == V4_LOOPBACK_NET)
+}
+
+/// 0.0.0.0, also v4-mapped, and ::. To connect there is to connect to loopback.
+#[inline(always)]
+pub fn is_unspecified(address: &Address) -> bool {
+    let [high, low] = halves(address);
+    high == 0 && (low == 0 || low == V4_MAPPED << 32)
+}
+
+/// Whether the address is IPv4 in the clothes of IPv6.
+#[inline(always)]
+pub fn is_v4_mapped(address: &Address) -> bool {
+    let [high, low] = halves(address);
+    high == 0 && low >> 32 == V4_MAPPED
+}
+
+/// Two words instead of sixteen bytes: the verifier follows every branch of a loop over bytes.
+#[inline(always)]
+fn halves(address: &Address) -> [u64; 2] {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = address.0;
+    [u64::from_be_bytes([a, b, c, d, e, f, g, h]), u64::from_be_bytes([i, j, k, l, m, n, o, p])]
+}
+
+/// Bytes 8 to 11 of a v4-mapped address.
+const V4_MAPPED: u64 = 0x0000_ffff;
+/// Bytes 8 to 12 of a v4-mapped loopback address.
+const V4_LOOPBACK_NET: u64 = (V4_MAPPED << 8) | 127;
+
+// Numbers of include/net/tcp_states.h, which are part of the kernel's interface.
+const TCP_FIN_WAIT1: u32 = 4;
+const TCP_FIN_WAIT2: u32 = 5;
+const TCP_LAST_ACK: u32 = 9;
+const TCP_CLOSING: u32 = 11;
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use core::net::IpAddr;
+
+    use super::*;
+
+    const POD: WorkloadNumber = WorkloadNumber(7);
+    const OWN: [&str; 3] = ["10.8.1.4", "fd00:8:1::4", "fe80::4"];
+    const ETH0: u32 = 2;
+
+    fn address(text: &str) -> Address {
+        match text.parse::<IpAddr>().expect("a test's address") {
+            IpAddr::V4(v4) => Address::v4(v4.octets()),
+            IpAddr::V6(v6) => Address(v6.octets()),
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Dial {
+        workload: Option<WorkloadNumber>,
+        exempt: bool,
+        stream: bool,
+        target: &'static str,
+    }
+
+    impl Connecting for Dial {
+        fn workload(&self) -> Option<WorkloadNumber> {
+            self.workload
+        }
+        fn is_exempt(&self) -> bool {
+            self.exempt
+        }
+        fn is_stream(&self) -> bool {
+            self.stream
+        }
+        fn target(&self) -> Address {
+            address(self.target)
+        }
+        fn is_own(&self, workload: WorkloadNumber, asked: &Address) -> bool {
+            workload == POD && OWN.iter().any(|own| address(own) == *asked)
+        }
+    }
+
+    const DIAL: Dial = Dial { workload: Some(POD), exempt: false, stream: true, target: "10.8.1.9" };
+
+    #[track_caller]
+    fn dial(dial: Dial, expected: Connect) {
+        assert_eq!(connect(&dial), expected, "{}", dial.target);
+    }
+
+    #[test]
+    fn a_connect_of_an_enrolled_workload_is_captured() {
+        for target in [
+            "10.8.1.9",
+            "1.1.1.1",
+            "fd00:8:1::9",
+            "::ffff:10.8.1.9",
+            "fe80::9",
+            "169.254.169.254",
+            "128.0.0.1",
+            "126.255.255.255",
+            "::2",
+            "::127.0.0.1",
+            "7f00::1",
+        ] {
+            dial(Dial { target, ..DIAL }, Connect::Capture(POD));
+        }
+    }
+
+    #[test]
+    fn loopback_and_own_addresses_are_left_alone() {
+        for target in [
+            "127.0.0.1",
+            "127.255.255.254",
+            "::1",
+            "::ffff:127.0.0.1",
+            "0.0.0.0",
+            "::",
+            "::ffff:0.0.0.0",
+            "10.8.1.4",
+            "::ffff:10.8.1.4",
+            "fd00:8:1::4",
+            "fe80::4",
+        ] {
+            dial(Dial { target, ..DIAL }, Connect::PassLocal);
+        }
+    }
+
+    #[test]
+    fn the_own_address_of_another_workload_is_captured() {
+        dial(
+            Dial { workload: Some(WorkloadNumber(8)), target: "10.8.1.4", ..DIAL },
+            Connect::Capture(WorkloadNumber(8)),
+        );
+    }
+
+    // T-7
+    #[test]
+    fn a_socket_of_an_unknown_namespace_is_not_touched() {
+        dial(Dial { workload: None, ..DIAL }, Connect::Pass);
+        dial(Dial { workload: None, target: "127.0.0.1", ..DIAL }, Connect::Pass);
+    }
+
+    // T-2
+    #[test]
+    fn the_daemons_own_socket_is_not_touched() {
+        dial(Dial { exempt: true, ..DIAL }, Connect::PassExempt);
+        dial(Dial { exempt: true, target: "10.8.1.4", ..DIAL }, Connect::PassExempt);
+    }
+
+    #[test]
+    fn datagrams_are_not_captured() {
+        dial(Dial { stream: false, ..DIAL }, Connect::Pass);
+    }
+
+    #[derive(Clone, Copy)]
+    struct Syn {
+        tcp: bool,
+        interface: u32,
+        source: &'static str,
+        target: &'static str,
+        port: u16,
+        captured: bool,
+        delivery: bool,
+    }
+
+    impl Arriving for Syn {
+        fn is_tcp(&self) -> bool {
+            self.tcp
+        }
+        fn interface(&self) -> u32 {
+            self.interface
+        }
+        fn source(&self) -> Address {
+            address(self.source)
+        }
+        fn target(&self) -> Address {
+            address(self.target)
+        }
+        fn target_port(&self) -> u16 {
+            self.port
+        }
+        fn is_own(&self, asked: &Address) -> bool {
+            OWN.iter().any(|own| address(own) == *asked)
+        }
+        fn is_exempt_port(&self, port: u16) -> bool {
+            port == 9100
+        }
+        fn is_inbound_port(&self, port: u16) -> bool {
+            port == 8080
+        }
+        fn is_captured(&self) -> bool {
+            self.captured
+        }
+        fn is_delivery(&self) -> bool {
+            self.delivery
+        }
+    }
+
+    const SYN: Syn = Syn {
+        tcp: true,
+        interface: ETH0,
+        source: "10.8.1.9",
+        target: "10.8.1.4",
+        port: 8080,
+        captured: false,
+        delivery: false,
+    };
+
+    const PASS: Steer = Steer::Pass;
+    const OUTBOUND: Steer = Steer::To(SocketSlot::Outbound);
+    const INBOUND: Steer = Steer::To(SocketSlot::Inbound);
+    const TUNNEL: Steer = Steer::To(SocketSlot::Tunnel);
+
+    #[track_caller]
+    fn pod(syn: Syn, expected: Steer) {
+        assert_eq!(steer_in_pod(&syn), expected);
+    }
+
+    #[track_caller]
+    fn host(syn: Syn, expected: Steer) {
+        assert_eq!(steer_in_host(&syn), expected);
+    }
+
+    #[test]
+    fn what_arrives_from_outside_goes_to_the_inbound_listener() {
+        pod(SYN, INBOUND);
+        pod(Syn { source: "fd00:8:1::9", target: "fd00:8:1::4", ..SYN }, INBOUND);
+        pod(Syn { source: "fe80::9", target: "fe80::4", ..SYN }, INBOUND);
+        pod(Syn { port: 22, ..SYN }, INBOUND);
+    }
+
+    #[test]
+    fn what_is_meant_for_somebody_else_goes_to_the_outbound_listener() {
+        pod(Syn { target: "10.8.1.77", source: "10.8.1.4", interface: LOOPBACK_IFINDEX, ..SYN }, OUTBOUND);
+        // Captured by the second route of a socket that is bound to eth0.
+        pod(Syn { target: "10.8.1.77", source: "10.8.1.4", ..SYN }, OUTBOUND);
+        // The tunnel port and exempt ports are special only at an own address.
+        pod(Syn { target: "10.8.1.77", source: "10.8.1.4", port: TUNNEL_PORT, ..SYN }, OUTBOUND);
+        pod(Syn { target: "10.8.1.77", source: "10.8.1.4", port: 9100, ..SYN }, OUTBOUND);
+    }
+
+    #[test]
+    fn local_connections_of_a_pod_are_left_alone() {
+        // A connection to the own address shows eth0 as its interface.
+        pod(Syn { source: "10.8.1.4", ..SYN }, PASS);
+        pod(Syn { source: "127.0.0.1", target: "127.0.0.1", interface: LOOPBACK_IFINDEX, ..SYN }, PASS);
+        pod(Syn { source: "::1", target: "::1", interface: LOOPBACK_IFINDEX, ..SYN }, PASS);
+        // The daemon's delivery: the client's address, but from lo.
+        pod(Syn { interface: LOOPBACK_IFINDEX, ..SYN }, PASS);
+        pod(Syn { interface: LOOPBACK_IFINDEX, port: TUNNEL_PORT, ..SYN }, PASS);
+    }
+
+    #[test]
+    fn the_tunnel_port_goes_to_the_tunnel_listener() {
+        pod(Syn { port: TUNNEL_PORT, ..SYN }, TUNNEL);
+        pod(Syn { port: TUNNEL_PORT, source: "fd00:8:1::9", target: "fd00:8:1::4", ..SYN }, TUNNEL);
+    }
+
+    #[test]
+    fn an_exempt_port_is_left_alone() {
+        pod(Syn { port: 9100, ..SYN }, PASS);
+        pod(Syn { port: 9101, ..SYN }, INBOUND);
+    }
+
+    #[test]
+    fn what_is_not_tcp_is_left_alone() {
+        pod(Syn { tcp: false, ..SYN }, PASS);
+        host(Syn { tcp: false, captured: true, ..SYN }, PASS);
+    }
+
+    #[test]
+    fn a_captured_connect_of_a_host_workload_is_known_by_its_tuple() {
+        host(Syn { target: "10.8.1.77", source: "10.8.1.4", captured: true, ..SYN }, OUTBOUND);
+        host(Syn { target: "10.8.1.77", source: "10.8.1.4", captured: true, port: 22, ..SYN }, OUTBOUND);
+        // Somebody else's local route: not ours.
+        host(
+            Syn { target: "10.8.1.77", source: "10.8.1.4", port: 22, interface: LOOPBACK_IFINDEX, ..SYN },
+            PASS,
+        );
+    }
+
+    #[test]
+    fn a_port_of_a_host_workload_is_steered_at_every_address_but_loopback() {
+        host(SYN, INBOUND);
+        host(Syn { target: "10.8.1.200", ..SYN }, INBOUND);
+        host(Syn { source: "fe80::9", target: "fe80::200", ..SYN }, INBOUND);
+        host(Syn { source: "127.0.0.1", target: "127.0.0.1", interface: LOOPBACK_IFINDEX, ..SYN }, PASS);
+    }
+
+    // T-27
+    #[test]
+    fn a_local_client_of_a_host_workload_is_steered_however_it_dials() {
+        host(Syn { source: "10.8.1.4", ..SYN }, INBOUND);
+        host(Syn { source: "10.8.1.4", interface: LOOPBACK_IFINDEX, ..SYN }, INBOUND);
+        host(Syn { source: "127.0.0.1", interface: LOOPBACK_IFINDEX, ..SYN }, INBOUND);
+    }
+
+    #[test]
+    fn the_daemons_delivery_on_a_host_is_left_alone_only_as_announced_and_on_lo() {
+        host(Syn { delivery: true, interface: LOOPBACK_IFINDEX, ..SYN }, PASS);
+        host(Syn { delivery: true, ..SYN }, INBOUND);
+        host(Syn { interface: LOOPBACK_IFINDEX, ..SYN }, INBOUND);
+    }
+
+    #[test]
+    fn other_services_of_a_host_are_left_alone() {
+        host(Syn { port: 22, ..SYN }, PASS);
+        host(Syn { port: 9100, ..SYN }, PASS);
+        host(Syn { port: TUNNEL_PORT, ..SYN }, TUNNEL);
+        host(
+            Syn {
+                port: TUNNEL_PORT,
+                target: "127.0.0.1",
+                source: "127.0.0.1",
+                interface: LOOPBACK_IFINDEX,
+                ..SYN
+            },
+            PASS,
+        );
+    }
+
+    // T-1
+    #[test]
+    fn a_captured_segment_leaves_by_lo_only() {
+        assert!(may_leave(LOOPBACK_IFINDEX, || panic!("nobody asks on lo")));
+        assert!(may_leave(ETH0, || false));
+        assert!(!may_leave(ETH0, || true));
+    }
+
+    // T-3
+    #[test]
+    fn a_reset_is_held_back_from_a_captured_connect_that_waits() {
+        assert!(!may_reset(true, true));
+        assert!(may_reset(true, false));
+        assert!(may_reset(false, true));
+        assert!(may_reset(false, false));
+    }
+
+    #[test]
+    fn only_a_close_in_order_leaves_a_connection_to_be_accepted() {
+        for (state, expected) in [
+            (1, Ended::Aborted),
+            (2, Ended::Aborted),
+            (4, Ended::InOrder),
+            (5, Ended::InOrder),
+            (8, Ended::Aborted),
+            (9, Ended::InOrder),
+            (11, Ended::InOrder),
+        ] {
+            assert_eq!(ended(state), expected, "state {state}");
+        }
+    }
+
+    #[test]
+    fn v4_mapped_is_told_from_v6() {
+        assert!(is_v4_mapped(&address("::ffff:10.0.0.1")));
+        assert!(is_v4_mapped(&address("10.0.0.1")));
+        assert!(!is_v4_mapped(&address("::10.0.0.1")));
+        assert!(!is_v4_mapped(&address("fd00::ffff:a00:1")));
+    }
+}
