@@ -9,3 +9,7 @@ pub mod net;
 pub mod kernel;
 
 pub mod certs;
+
+pub mod config;
+
+pub mod control;
