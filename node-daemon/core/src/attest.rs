@@ -97,3 +97,59 @@ pub fn attest(
     }
     Ok(Attested { workload: Arc::clone(workload), client })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{at, join, named, pod, snapshot, unit};
+
+    fn world() -> Arc<Snapshot> {
+        snapshot(&join(&[
+            pod("web", "10.8.1.4", "").replace("\"10.8.1.4\"", "\"10.8.1.4\", \"fd00::4\""),
+            pod("twin", "10.8.1.5", "").replace("serviceAccount: twin", "serviceAccount: web"),
+            pod("far", "10.8.2.4", "").replace("node-a", "node-b"),
+            pod("off", "10.8.1.6", "").replace("app: off", "culvert.io/mesh: disabled"),
+            unit("db", 81),
+            unit("cache", 82),
+        ]))
+    }
+
+    #[track_caller]
+    fn refused(name: &str, client: &str, expected: &str) {
+        let refusal = attest(&world(), &named(name), at(client).ip()).expect_err("nobody vouches for it");
+        assert_eq!(refusal.to_string(), expected);
+    }
+
+    #[test]
+    fn a_connection_from_an_own_address_is_the_workloads() {
+        for (name, client) in [
+            ("web", "10.8.1.4:0"),
+            ("web", "[fd00::4]:0"),
+            ("web", "[::ffff:10.8.1.4]:0"),
+            ("db", "10.9.0.2:0"),
+            ("cache", "10.9.0.2:0"),
+        ] {
+            let attested = attest(&world(), &named(name), at(client).ip()).expect("it is its own");
+            assert_eq!(attested.workload().name, named(name));
+            assert_eq!(attested.identity(), &attested.workload().identity);
+            assert_eq!(attested.client(), at(client).ip().to_canonical());
+        }
+    }
+
+    #[test]
+    fn a_source_address_alone_proves_nothing() {
+        // A pod that forges its neighbour's address, of the same account even.
+        refused("web", "10.8.1.5:0", "the client 10.8.1.5 is no address of workload photo/web");
+        refused("twin", "10.8.1.4:0", "the client 10.8.1.4 is no address of workload photo/twin");
+        refused("web", "127.0.0.1:0", "the client 127.0.0.1 is no address of workload photo/web");
+        refused("web", "[fe80::1]:0", "the client fe80::1 is no address of workload photo/web");
+        refused("db", "10.8.1.4:0", "the client 10.8.1.4 is no address of workload photo/db");
+    }
+
+    #[test]
+    fn workloads_that_are_not_this_nodes_are_never_attested() {
+        refused("nobody", "10.8.1.4:0", "no workload photo/nobody is known");
+        refused("far", "10.8.2.4:0", "workload photo/far runs on node node-b, not here");
+        refused("off", "10.8.1.6:0", "workload photo/off is not enrolled");
+    }
+}

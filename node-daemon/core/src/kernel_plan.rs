@@ -172,3 +172,103 @@ fn add(name: &ObjectName, new: &KernelWorkload, ops: &mut Vec<MapOp>) {
     );
     ops.extend(new.ports.iter().map(|port| MapOp::AddPort { name: name.clone(), port: *port }));
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::{at, join, named, pod, snapshot, unit};
+
+    fn table(documents: &[String]) -> KernelTable {
+        KernelTable::desired(&snapshot(&join(documents)))
+    }
+
+    #[track_caller]
+    fn check(current: &[String], desired: &[String], expected: &[&str]) {
+        let word = |op: &MapOp| match op {
+            MapOp::RemoveWorkload { name } => format!("- {}", name.name),
+            MapOp::RemovePort { name, port } => format!("- {}:{port}", name.name),
+            MapOp::RemoveAddress { name, address } => format!("- {} {address}", name.name),
+            MapOp::AddWorkload { name, kind } => format!("+ {} {kind:?}", name.name),
+            MapOp::AddAddress { name, address } => format!("+ {} {address}", name.name),
+            MapOp::AddPort { name, port } => format!("+ {}:{port}", name.name),
+        };
+        let ops = plan(&table(current), &table(desired));
+        assert_eq!(ops.iter().map(word).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn the_kernel_knows_enrolled_workloads_of_this_node_only() {
+        let table = table(&[
+            pod("web", "10.8.1.4", "exemptInboundPorts: [9090]\nports: [{port: 80}]"),
+            pod("far", "10.8.2.4", "").replace("node-a", "node-b"),
+            pod("off", "10.8.1.6", "").replace("app: off", "culvert.io/mesh: disabled"),
+            unit("db", 81).replace("[{port: 81}]", "[{port: 81}, {port: 82}]\n  exemptInboundPorts: [82]"),
+        ]);
+        let entry = |kind, address: &str, ports: &[u16]| KernelWorkload {
+            kind,
+            addresses: [at(address).ip()].into(),
+            ports: ports.iter().copied().collect(),
+        };
+        let expected = [
+            (named("db"), entry(KernelKind::Host, "10.9.0.2:0", &[81])),
+            (named("web"), entry(KernelKind::Pod, "10.8.1.4:0", &[9090])),
+        ];
+        assert_eq!(table.workloads, expected.into());
+    }
+
+    #[test]
+    fn nothing_new_is_nothing_to_do() {
+        let same = [pod("web", "10.8.1.4", ""), unit("db", 81)];
+        check(&same, &same, &[]);
+    }
+
+    #[test]
+    fn an_address_is_lost_before_it_is_gained() {
+        // T-17
+        let swapped = |first: &str, second: &str| [pod("a", first, ""), pod("b", second, "")];
+        check(
+            &swapped("10.8.1.4", "10.8.1.5"),
+            &swapped("10.8.1.5", "10.8.1.4"),
+            &["- a 10.8.1.4", "- b 10.8.1.5", "+ a 10.8.1.5", "+ b 10.8.1.4"],
+        );
+        check(&[pod("b", "10.8.1.4", "")], &[pod("a", "10.8.1.4", "")], &["- b", "+ a Pod", "+ a 10.8.1.4"]);
+    }
+
+    #[test]
+    fn an_exemption_is_closed_before_another_opens() {
+        let exempt = |port: u16| [pod("a", "10.8.1.4", &format!("exemptInboundPorts: [{port}]"))];
+        check(&exempt(1), &exempt(2), &["- a:1", "+ a:2"]);
+    }
+
+    #[test]
+    fn a_workload_that_moves_between_pod_and_host_is_enrolled_anew() {
+        check(&[unit("a", 81)], &[pod("a", "10.8.1.4", "")], &["- a", "+ a Pod", "+ a 10.8.1.4"]);
+    }
+
+    fn any_table() -> impl Strategy<Value = KernelTable> {
+        let address = (0..6_u8).prop_map(|last| IpAddr::from([10, 8, 0, last]));
+        let kind = prop::sample::select(vec![KernelKind::Pod, KernelKind::Host]);
+        let sets = (prop::collection::btree_set(address, 0..4), prop::collection::btree_set(0..5_u16, 0..4));
+        let workload =
+            (kind, sets).prop_map(|(kind, (addresses, ports))| KernelWorkload { kind, addresses, ports });
+        let name = prop::sample::select(vec!["a", "b", "c", "d"]).prop_map(named);
+        prop::collection::btree_map(name, workload, 0..5).prop_map(|workloads| KernelTable { workloads })
+    }
+
+    proptest! {
+        #[test]
+        fn the_plan_leads_from_current_to_desired_with_removals_first(current in any_table(), desired in any_table()) {
+            let ops = plan(&current, &desired);
+            let first_addition = ops.iter().position(|op| !op.is_removal()).unwrap_or(ops.len());
+            prop_assert!(ops[first_addition..].iter().all(|op| !op.is_removal()));
+            let mut table = current;
+            for op in &ops {
+                table.apply(op);
+            }
+            prop_assert_eq!(&table, &desired);
+            prop_assert_eq!(plan(&table, &desired), []);
+        }
+    }
+}

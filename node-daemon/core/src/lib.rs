@@ -25,5 +25,7 @@ pub mod rotation;
 mod seed;
 pub mod snapshot;
 pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod tunnel;
 pub mod workload;

@@ -99,3 +99,125 @@ impl Rotation {
         (1..=self.failures.min(FAILURES_COUNTED_MAX)).fold(BACKOFF_MIN, step)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn after(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000 + seconds)
+    }
+
+    fn fresh(seed: u64) -> Rotation {
+        Rotation::issued(after(0), after(0) + HOUR, seed)
+    }
+
+    fn pause(rotation: &Rotation) -> Duration {
+        let (failed_at, retry_at) = (rotation.failed_at.expect("it failed"), rotation.retry_at());
+        retry_at.expect("it failed").duration_since(failed_at).expect("later")
+    }
+
+    #[test]
+    fn renewal_is_spread_over_45_to_60_percent_of_the_life() {
+        let parts: Vec<f64> = (0..2000)
+            .map(|seed| {
+                fresh(seed).renew_at().duration_since(after(0)).expect("later").as_secs_f64() / 3600.0
+            })
+            .collect();
+        assert!(parts.iter().all(|part| (RENEW_FRACTION_MIN..=RENEW_FRACTION_MAX).contains(part)));
+        // Uniform: each fifth of the window gets about a fifth.
+        for fifth in 0..5 {
+            let from = 0.45 + 0.03 * f64::from(fifth);
+            let count = parts.iter().filter(|part| (from..from + 0.03).contains(*part)).count();
+            assert!((320..480).contains(&count), "fifth {fifth}: {count}");
+        }
+    }
+
+    #[test]
+    fn it_waits_renews_and_expires_in_this_order() {
+        let rotation = fresh(42);
+        let due = rotation.renew_at();
+        assert_eq!(rotation.next(after(0)), Next::WaitUntil(due));
+        assert_eq!(rotation.next(after(1619)), Next::WaitUntil(due), "not before 45 %");
+        assert_eq!(rotation.next(due), Next::Renew);
+        assert_eq!(rotation.next(after(3599)), Next::Renew);
+        assert_eq!(rotation.next(after(3600)), Next::Expired);
+        assert_eq!(rotation.next(after(1_000_000)), Next::Expired);
+    }
+
+    #[test]
+    fn a_clock_before_the_issue_waits() {
+        let rotation = fresh(1);
+        assert_eq!(rotation.next(SystemTime::UNIX_EPOCH), Next::WaitUntil(rotation.renew_at()));
+    }
+
+    #[test]
+    fn a_certificate_without_a_life_has_expired() {
+        let rotation = Rotation::issued(after(10), after(5), 1);
+        assert_eq!(rotation.next(after(10)), Next::Expired);
+    }
+
+    #[test]
+    fn pauses_begin_between_1_and_3_seconds_and_end_between_1_and_60() {
+        for seed in 0..500 {
+            let mut rotation = fresh(seed).failed(after(1700));
+            assert!((BACKOFF_MIN..=3 * BACKOFF_MIN).contains(&pause(&rotation)), "{seed}");
+            let mut before = pause(&rotation);
+            for _ in 0..100 {
+                rotation = rotation.failed(after(1700));
+                let next = pause(&rotation);
+                assert!((BACKOFF_MIN..=BACKOFF_MAX).contains(&next), "{seed}: {next:?}");
+                assert!(next <= before * 3 + Duration::from_millis(1), "{seed}: {before:?} {next:?}");
+                before = next;
+                if rotation.failures == FAILURES_COUNTED_MAX {
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pauses_differ_between_certificates() {
+        let pauses: std::collections::BTreeSet<Duration> =
+            (0..100).map(|seed| pause(&fresh(seed).failed(after(1700)))).collect();
+        assert!(pauses.len() > 95, "{}", pauses.len());
+    }
+
+    #[test]
+    fn a_pause_counts_from_the_failure() {
+        let rotation = fresh(3).failed(after(1700)).failed(after(2000));
+        let due = rotation.retry_at().expect("it failed");
+        assert!(due >= after(2001));
+        assert_eq!(rotation.next(after(2000)), Next::WaitUntil(due));
+        assert_eq!(rotation.next(due), Next::Renew);
+    }
+
+    #[test]
+    fn a_pause_is_at_most_an_eighth_of_what_is_left() {
+        for seed in 0..200 {
+            let mut rotation = fresh(seed);
+            for _ in 0..20 {
+                rotation = rotation.failed(after(3560));
+            }
+            assert!(pause(&rotation) <= Duration::from_secs(5), "{seed}");
+            let last = rotation.failed(after(3599));
+            assert_eq!(pause(&last), BACKOFF_FLOOR, "{seed}");
+        }
+    }
+
+    #[test]
+    fn after_expiry_the_pauses_go_on() {
+        let rotation = fresh(9).failed(after(4000));
+        assert_eq!(rotation.next(after(4000)), Next::Expired);
+        assert!((BACKOFF_MIN..=BACKOFF_MAX).contains(&pause(&rotation)));
+    }
+
+    #[test]
+    fn endless_failures_do_not_overflow() {
+        let rotation = Rotation { failures: u32::MAX, ..fresh(9) }.failed(after(1700));
+        assert_eq!(rotation.failures, u32::MAX);
+        assert!(pause(&rotation) <= BACKOFF_MAX);
+    }
+}

@@ -59,9 +59,9 @@ impl<'a> Field<'a> {
 
     /// The fields of a map. Null counts as absent.
     pub(super) fn map(self) -> Result<Fields<'a>, InvalidObject> {
-        match self.value {
-            Value::Object(map) => Ok(Fields { object: self.object, path: self.path, map }),
-            _ => Err(self.refuse("a map", "write key: value pairs")),
+        match self.value.as_object() {
+            Some(map) => Ok(Fields { object: self.object, path: self.path, map }),
+            None => Err(self.refuse("a map", "write key: value pairs")),
         }
     }
 
@@ -82,20 +82,20 @@ impl<'a> Field<'a> {
 
     /// A string that is not empty.
     pub(super) fn text(&self) -> Result<&'a str, InvalidObject> {
-        match self.value {
-            Value::String(text) if !text.is_empty() => Ok(text),
-            _ => Err(self.refuse("a string that is not empty", "write the value in quotes")),
+        match self.value.as_str().filter(|text| !text.is_empty()) {
+            Some(text) => Ok(text),
+            None => Err(self.refuse("a string that is not empty", "write the value in quotes")),
         }
     }
 
     pub(super) fn texts(self) -> Result<BTreeMap<String, String>, InvalidObject> {
         let Fields { object, path, map } = self.map()?;
         map.iter()
-            .map(|(key, value)| match value {
-                Value::String(text) => Ok((key.clone(), text.clone())),
-                other => {
+            .map(|(key, value)| match value.as_str() {
+                Some(text) => Ok((key.clone(), text.to_owned())),
+                None => {
                     let field = format!("{path}.{key}");
-                    Err(object.invalid(&field, other, "a string", "put the value in quotes"))
+                    Err(object.invalid(&field, value, "a string", "put the value in quotes"))
                 }
             })
             .collect()

@@ -143,16 +143,13 @@ impl std::error::Error for InvalidObject {}
 /// Names the field of the head that is missing or has another shape.
 pub fn object(value: Value, source: Source) -> Result<Object, InvalidObject> {
     let mut head = Head { source, kind: String::new(), name: None };
-    let mut top = match value {
-        Value::Object(map) => map,
-        other => {
-            return Err(head.refuse(
-                "document",
-                &other,
-                "a map with apiVersion, kind and metadata",
-                "write one object per document",
-            ));
-        }
+    let Value::Object(mut top) = value else {
+        return Err(head.refuse(
+            "document",
+            &value,
+            "a map with apiVersion, kind and metadata",
+            "write one object per document",
+        ));
     };
     head.kind = head.text(&mut top, "kind", "the kind of object, such as Workload")?;
     if head.kind == "List" {
@@ -278,12 +275,12 @@ impl Head {
             }
         };
         map.into_iter()
-            .map(|(name, value)| match value {
-                Value::String(text) => Ok((name, text)),
-                other => {
+            .map(|(name, value)| {
+                let Value::String(text) = value else {
                     let field = format!("metadata.{key}.{name}");
-                    Err(self.refuse(&field, &other, "a string", "put the value in quotes"))
-                }
+                    return Err(self.refuse(&field, &value, "a string", "put the value in quotes"));
+                };
+                Ok((name, text))
             })
             .collect()
     }
@@ -353,10 +350,10 @@ fn is_label_text(text: &str) -> bool {
 
 /// A value as messages repeat it: short, on one line.
 pub(crate) fn shown(value: &Value) -> String {
-    let text = match value {
-        Value::Null => return "nothing".to_owned(),
-        other => other.to_string(),
-    };
+    if value.is_null() {
+        return "nothing".to_owned();
+    }
+    let text = value.to_string();
     if text.chars().count() <= SHOWN_CHARACTERS_MAX {
         return text;
     }

@@ -1,6 +1,6 @@
 //! The `Workload` document: a pod, or a service on a host.
 
-use std::{collections::BTreeSet, net::IpAddr, path::PathBuf};
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
 
 use serde_json::Value;
 use spiffe_id::{SpiffeId, TrustDomain};
@@ -25,8 +25,8 @@ const NODE_BYTES_MAX: usize = 253;
 /// A workload whose enrolment may still depend on its namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DeclaredWorkload {
-    /// `enrolled` is not decided yet.
-    pub(crate) workload: Workload,
+    /// As it is when it is enrolled.
+    pub(crate) workload: Arc<Workload>,
     pub(crate) enrolment: Enrolment,
 }
 
@@ -65,9 +65,9 @@ pub(crate) fn workload(
         placement: placement(object, &spec)?,
         ports: ports(&spec)?,
         exempt_inbound_ports: exempt_inbound_ports(&spec)?,
-        enrolled: false,
+        enrolled: true,
     };
-    Ok(DeclaredWorkload { workload, enrolment: enrolment(object)? })
+    Ok(DeclaredWorkload { workload: Arc::new(workload), enrolment: enrolment(object)? })
 }
 
 fn identity(

@@ -242,8 +242,10 @@ fn enrol(
 ) -> Arc<Workload> {
     let name = &declared.workload.name;
     let namespace = namespaces.get(&name.namespace).copied().unwrap_or(Enrolment::Unsaid);
-    let enrolled = Enrolment::resolve(declared.enrolment, namespace);
-    let workload = Workload { enrolled, ..declared.workload.clone() };
+    if Enrolment::resolve(declared.enrolment, namespace) {
+        return Arc::clone(&declared.workload);
+    }
+    let workload = Workload { enrolled: false, ..Workload::clone(&declared.workload) };
     let before = previous.and_then(|previous| previous.workload(name)).filter(|before| ***before == workload);
     before.cloned().unwrap_or_else(|| Arc::new(workload))
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Content, Held, Key, KeyKind, Problem, Store, Version,
+    Held, Key, KeyKind, Problem, Store, Version,
     claims::{Holders, Share},
 };
 use crate::decode::{InvalidObject, Source};
@@ -47,36 +47,29 @@ impl Store {
         };
         let (own, others): (Vec<&Source>, Vec<&Source>) =
             speakers.iter().partition(|source| source.file == owner.file);
-        let title = format!("{} {}", key.kind.label(), key.name);
-        for other in others {
-            let reason =
-                format!("the same object stands in {owner}, which is in force: remove one of the two");
-            proposal.problems.push(Problem::of_document(other, title.clone(), "metadata.name", reason));
-        }
-        let versions: Vec<&Version> = own.iter().filter_map(|source| self.version(source)).collect();
-        let chosen = match (versions.as_slice(), held) {
-            ([version], _) => Some(*version),
-            (several, Some(held)) => several.iter().find(|version| version.says_the_same(held)).copied(),
-            (several, None) => several.first().copied(),
+        let elsewhere = |other: &&Source| {
+            key.problem(
+                other,
+                format!("the same object stands in {owner}, which is in force: remove one of the two"),
+            )
         };
-        for version in
-            versions.iter().filter(|version| chosen.is_none_or(|chosen| !std::ptr::eq(chosen, **version)))
-        {
+        proposal.problems.extend(others.iter().map(elsewhere));
+        let versions: Vec<&Version> = own.iter().filter_map(|source| self.spoken(source)).collect();
+        let chosen = choose(&versions, held);
+        let not_chosen =
+            versions.iter().filter(|version| chosen.is_none_or(|chosen| !std::ptr::eq(chosen, **version)));
+        proposal.problems.extend(not_chosen.map(|version| {
             let reason =
                 "the same object stands twice in this file, and only one is in force: remove one of the two";
-            let source = &version.object.source;
-            proposal.problems.push(Problem::of_document(
-                source,
-                title.clone(),
-                "metadata.name",
-                reason.to_owned(),
-            ));
-        }
+            key.problem(&version.object.source, reason.to_owned())
+        }));
         match chosen.map(|version| (version, &version.content)) {
             None => {}
             Some((version, Ok(content))) => {
-                let claims = content.claims();
-                let (object, content) = (Arc::clone(&version.object), Arc::clone(content));
+                // What says the same is the same: its workload is shared with the snapshots before.
+                let same = held.filter(|held| version.says_the_same(held));
+                let content = same.map_or_else(|| Arc::clone(content), |held| Arc::clone(&held.content));
+                let (object, claims) = (Arc::clone(&version.object), content.claims());
                 proposal.held = Some(Held { object, content, claims });
             }
             Some((_, Err(refused))) => proposal.problems.push(refused_version(refused, held)),
@@ -91,9 +84,8 @@ impl Store {
         speakers.iter().find(same_file).or_else(|| speakers.first()).cloned()
     }
 
-    fn version(&self, source: &Source) -> Option<&Version> {
-        let document = self.files.get(&source.file)?.documents.get(&source.index)?;
-        Some(&document.version)
+    fn spoken(&self, source: &Source) -> Option<&Version> {
+        self.files.get(&source.file)?.versions.get(&source.index)
     }
 
     /// Is there a document without a readable head that may be the newest version of this object?
@@ -127,7 +119,7 @@ impl Store {
                 proposal.is_waiting = true;
                 // The version before stays, unless it is the one that lost.
                 proposal.held =
-                    self.held.get(&key).filter(|held| !Arc::ptr_eq(&held.object, &loser.object)).cloned();
+                    self.held.get(&key).filter(|held| !Arc::ptr_eq(&held.content, &loser.content)).cloned();
             }
         }
     }
@@ -164,7 +156,8 @@ impl Store {
         lost
     }
 
-    /// Of two claimants of a part of an address: the one that owned it before, else the one whose document comes first.
+    /// Of two claimants of a part of an address: the one that does not change, else the one that owned it before, else
+    /// the one whose document comes first.
     fn goes_before(
         &self,
         rival: &Key,
@@ -172,41 +165,46 @@ impl Store {
         (address, contested): (IpAddr, &Share),
         proposals: &Proposals,
     ) -> bool {
+        let proposed = |key: &Key| proposals.get(key).and_then(|proposal| proposal.held.as_ref());
+        let is_unchanged = |key: &Key| match (proposed(key), self.held.get(key)) {
+            (Some(proposed), Some(held)) => Arc::ptr_eq(&proposed.content, &held.content),
+            (Some(_) | None, None) | (None, Some(_)) => false,
+        };
         let owned = |key: &Key| {
             let mut owners = self.holders.at(&address).iter();
             owners.any(|(holder, before)| holder == key && contested.overlap(before).is_some())
         };
-        let source = |key: &Key| {
-            let held = proposals.get(key).and_then(|proposal| proposal.held.as_ref());
-            held.map(|held| held.object.source.clone())
+        let rank = |key: &Key| {
+            let source = proposed(key).map(|held| held.object.source.clone());
+            (!is_unchanged(key), !owned(key), source, key.clone())
         };
-        match (owned(rival), owned(own)) {
-            (true, false) => true,
-            (false, true) => false,
-            (true, true) | (false, false) => (source(rival), rival) < (source(own), own),
-        }
+        rank(rival) < rank(own)
     }
 
     fn commit(&mut self, proposals: Proposals) {
         // All addresses are given back before any is taken.
         for key in proposals.keys() {
-            if let Some(held) = self.held.get(key) {
+            if let Some(held) = self.held.remove(key) {
                 self.holders.remove(key, &held.claims);
+                let file = &held.object.source.file;
+                if let Some(of_file) = self.held_by_file.get_mut(file) {
+                    of_file.remove(key);
+                    if of_file.is_empty() {
+                        self.held_by_file.remove(file);
+                    }
+                }
             }
         }
         for (key, proposal) in proposals {
             let Proposal { held, mut problems, is_waiting } = proposal;
             if let KeyKind::Policy(kind) = &key.kind {
-                problems.extend(self.commit_policy(kind.clone(), &key, held.as_ref()));
+                problems.extend(self.commit_policy(Arc::clone(kind), &key, held.as_ref()));
             }
-            match held {
-                Some(held) => {
-                    self.holders.add(&key, &held.claims);
-                    self.held.insert(key.clone(), held);
-                }
-                None => {
-                    self.held.remove(&key);
-                }
+            if let Some(held) = held {
+                self.holders.add(&key, &held.claims);
+                let of_file = self.held_by_file.entry(Arc::clone(&held.object.source.file));
+                of_file.or_default().insert(key.clone());
+                self.held.insert(key.clone(), held);
             }
             if is_waiting {
                 self.waiting.insert(key.clone());
@@ -233,6 +231,22 @@ impl Store {
     }
 }
 
+/// One document speaks for itself; of several in one file, the one that says what is in force, or the first one.
+fn choose<'a>(versions: &[&'a Version], held: Option<&Held>) -> Option<&'a Version> {
+    match (versions, held) {
+        ([version], _) => Some(version),
+        (several, Some(held)) => several.iter().find(|version| version.says_the_same(held)).copied(),
+        (several, None) => several.first().copied(),
+    }
+}
+
+impl Key {
+    /// A problem with the object as a whole.
+    fn problem(&self, source: &Source, reason: String) -> Problem {
+        Problem::of_document(source, format!("{} {}", self.kind.label(), self.name), "metadata.name", reason)
+    }
+}
+
 impl Version {
     fn says_the_same(&self, held: &Held) -> bool {
         let (own, other) = (&self.object, &held.object);
@@ -247,7 +261,7 @@ impl Version {
 
 fn refused_version(refused: &InvalidObject, held: Option<&Held>) -> Problem {
     let mut problem = Problem::from(refused);
-    if held.is_some_and(|held| !matches!(&*held.content, Content::Ignored)) {
+    if held.is_some() {
         problem.reason.push_str("; the version before stays in force");
     }
     problem

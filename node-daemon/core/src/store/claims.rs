@@ -54,9 +54,7 @@ impl Content {
             Self::Service(service) => {
                 service.addresses.iter().map(|address| (*address, Share::Whole)).collect()
             }
-            Self::Namespace(_) | Self::ServiceAccount | Self::Mesh(_) | Self::Policy | Self::Ignored => {
-                Claims::new()
-            }
+            Self::Namespace(_) | Self::ServiceAccount | Self::Mesh(_) | Self::Policy => Claims::new(),
         }
     }
 }

@@ -122,6 +122,8 @@ pub struct Store {
     speakers: BTreeMap<Key, BTreeSet<Source>>,
     /// What is in force.
     held: BTreeMap<Key, Held>,
+    /// What of it came from which file.
+    held_by_file: BTreeMap<Arc<str>, BTreeSet<Key>>,
     /// Who owns which address, of what is in force.
     holders: Holders,
     /// Objects whose newest version waits for an address that another one owns.
@@ -137,24 +139,21 @@ pub struct Store {
 /// The newest version of one file.
 #[derive(Debug, Default)]
 struct File {
-    documents: BTreeMap<usize, Document>,
+    /// By their index.
+    versions: BTreeMap<usize, Version>,
     invalid: Vec<InvalidObject>,
+    /// Documents of kinds that nobody here understands.
+    ignored: Vec<Problem>,
     /// Why the newest version could not be read at all.
     unread: Option<String>,
     /// No version of it was ever fully readable: what it targets is unknown (T-19).
     is_cold: bool,
 }
 
-/// One document with a readable head.
-#[derive(Debug)]
-struct Document {
-    key: Option<Key>,
-    version: Version,
-}
-
-/// One version of an object.
+/// One version of an object, as a document of a file says it.
 #[derive(Clone, Debug)]
 struct Version {
+    key: Key,
     object: Arc<Object>,
     content: Result<Arc<Content>, InvalidObject>,
 }
@@ -169,8 +168,6 @@ enum Content {
     Mesh(Mesh),
     /// Judged by the policy room.
     Policy,
-    /// Of a kind that nobody here understands.
-    Ignored,
 }
 
 /// A version in force.
@@ -203,6 +200,7 @@ impl Store {
             files: BTreeMap::new(),
             speakers: BTreeMap::new(),
             held: BTreeMap::new(),
+            held_by_file: BTreeMap::new(),
             holders: Holders::default(),
             waiting: BTreeSet::new(),
             troubles: BTreeMap::new(),
@@ -215,7 +213,7 @@ impl Store {
 
     /// Takes one update. Gives the problems of that file, and new ones that it caused elsewhere; the snapshot has all.
     pub fn apply(&mut self, update: Update) -> Vec<Problem> {
-        let before: BTreeSet<Problem> = self.problems().into_iter().collect();
+        let before: BTreeSet<Problem> = self.troubles.values().flatten().cloned().collect();
         let file = match &update {
             Update::Replace { file, .. } | Update::Remove { file } | Update::Unreadable { file, .. } => {
                 Arc::clone(file)
@@ -253,12 +251,14 @@ impl Store {
         let mut new = File { invalid, ..File::default() };
         for object in objects {
             let source = object.source.clone();
-            let document = self.decode(object);
-            if let Some(key) = &document.key {
-                touched.insert(key.clone());
-                self.speakers.entry(key.clone()).or_default().insert(source.clone());
+            match self.version(object) {
+                Ok(version) => {
+                    self.speakers.entry(version.key.clone()).or_default().insert(source.clone());
+                    touched.insert(version.key.clone());
+                    new.versions.insert(source.index, version);
+                }
+                Err(ignored) => new.ignored.push(ignored),
             }
-            new.documents.insert(source.index, document);
         }
         new.is_cold = was_cold && new.invalid.iter().any(|refused| self.may_restrict(refused));
         self.files.insert(Arc::clone(file), new);
@@ -276,38 +276,35 @@ impl Store {
         self.files.entry(Arc::clone(file)).or_insert(cold).unread = Some(reason);
     }
 
-    /// The objects of a file no longer speak from there; those that may change by it.
+    /// The objects of a file no longer speak from there. Gives those about which to decide anew.
     fn forget_speakers(&mut self, file: &Arc<str>) -> BTreeSet<Key> {
-        let documents = self.files.get(file).into_iter().flat_map(|old| &old.documents);
-        let mut touched = BTreeSet::new();
-        for (index, document) in documents {
-            let Some(key) = &document.key else { continue };
-            let source = Source { file: Arc::clone(file), index: *index };
-            if let Some(sources) = self.speakers.get_mut(key) {
-                sources.remove(&source);
+        // Beside what the file says: what was kept while a document of it had no readable head.
+        let mut touched = self.held_by_file.get(file).cloned().unwrap_or_default();
+        for (index, version) in self.files.get(file).into_iter().flat_map(|old| &old.versions) {
+            if let Some(sources) = self.speakers.get_mut(&version.key) {
+                sources.remove(&Source { file: Arc::clone(file), index: *index });
                 if sources.is_empty() {
-                    self.speakers.remove(key);
+                    self.speakers.remove(&version.key);
                 }
             }
-            touched.insert(key.clone());
+            touched.insert(version.key.clone());
         }
-        // Kept from an earlier version of the file, while a document of it had no readable head.
-        let kept = |held: &Held| held.object.source.file == *file;
-        touched.extend(self.held.iter().filter(|(_, held)| kept(held)).map(|(key, _)| key.clone()));
         touched
     }
 
-    fn decode(&self, object: Object) -> Document {
-        let object = Arc::new(object);
+    fn version(&self, object: Object) -> Result<Version, Problem> {
         let (kind, content) = match Kind::of(&object.api_version, &object.kind) {
-            Some(kind) => (Some(KeyKind::Own(kind)), self.content(kind, &object)),
+            Some(kind) => (KeyKind::Own(kind), self.content(kind, &object)),
             None if PolicyObjects::handles(&object.api_version, &object.kind) => {
-                (Some(KeyKind::Policy(object.kind.as_str().into())), Ok(Content::Policy))
+                (KeyKind::Policy(object.kind.as_str().into()), Ok(Content::Policy))
             }
-            None => (None, Ok(Content::Ignored)),
+            None => {
+                let reason = format!("{} {} is not understood, ignored", object.api_version, object.kind);
+                return Err(Problem::of_document(&object.source, object.title(), "kind", reason));
+            }
         };
-        let key = kind.map(|kind| Key { kind, name: object.name.clone() });
-        Document { key, version: Version { object, content: content.map(Arc::new) } }
+        let key = Key { kind, name: object.name.clone() };
+        Ok(Version { key, object: Arc::new(object), content: content.map(Arc::new) })
     }
 
     fn content(&self, kind: Kind, object: &Object) -> Result<Content, InvalidObject> {
@@ -345,7 +342,7 @@ impl Store {
                 }
                 Content::Workload(workload) => workloads.push((workload, &held.object.source)),
                 Content::Mesh(content) => mesh = Some(content.clone()),
-                Content::ServiceAccount | Content::Policy | Content::Ignored => {}
+                Content::ServiceAccount | Content::Policy => {}
             }
         }
         Contents {
@@ -365,16 +362,7 @@ impl Store {
     fn problems(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         for (file, contents) in &self.files {
-            if let Some(reason) = &contents.unread {
-                let effect = if contents.is_cold {
-                    "everything is denied on this node until it can be read"
-                } else {
-                    "its last good contents stay in force"
-                };
-                problems.push(Problem::of_file(file, format!("it cannot be read: {reason}; {effect}")));
-            }
-            problems.extend(contents.invalid.iter().map(Problem::from));
-            problems.extend(contents.documents.values().filter_map(Document::ignored));
+            problems.extend(contents.problems(file));
         }
         problems.extend(self.troubles.values().flatten().cloned());
         problems.sort();
@@ -405,6 +393,24 @@ impl Store {
     }
 }
 
+impl File {
+    /// What is wrong with it beside the contents of its objects.
+    fn problems(&self, file: &Arc<str>) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if let Some(reason) = &self.unread {
+            let effect = if self.is_cold {
+                "everything is denied on this node until it can be read"
+            } else {
+                "its last good contents stay in force"
+            };
+            problems.push(Problem::of_file(file, format!("it cannot be read: {reason}; {effect}")));
+        }
+        problems.extend(self.invalid.iter().map(Problem::from));
+        problems.extend(self.ignored.iter().cloned());
+        problems
+    }
+}
+
 impl Key {
     fn is_named(&self, kind: &str) -> bool {
         self.kind.label() == kind
@@ -421,17 +427,6 @@ impl KeyKind {
             Self::Own(Kind::Mesh) => "Mesh",
             Self::Policy(kind) => kind,
         }
-    }
-}
-
-impl Document {
-    fn ignored(&self) -> Option<Problem> {
-        let object = &self.version.object;
-        if self.key.is_some() {
-            return None;
-        }
-        let reason = format!("{} {} is not understood, ignored", object.api_version, object.kind);
-        Some(Problem::of_document(&object.source, object.title(), "kind", reason))
     }
 }
 

@@ -91,3 +91,101 @@ fn parse_port(text: &str) -> Result<u16, BadAuthority> {
     }
     text.parse().map_err(|_| BadAuthority::NotLiteral)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{at, pod, snapshot, unit, workload};
+
+    #[track_caller]
+    fn refused(text: &str, expected: BadAuthority) {
+        assert_eq!(parse_authority(text), Err(expected), "{text:?}");
+    }
+
+    #[test]
+    fn ip_literals_with_a_port_are_read_and_written_alike() {
+        for text in ["10.8.1.4:8080", "[fd00:8:1::4]:1", "255.255.255.255:65535", "[::1]:80"] {
+            let target = parse_authority(text).expect("a literal");
+            assert_eq!(authority(target), text);
+        }
+        assert_eq!(authority(at("[::ffff:10.8.1.4]:80")), "10.8.1.4:80");
+    }
+
+    #[test]
+    fn everything_else_is_refused() {
+        // T-8
+        for text in [
+            "",
+            ":",
+            ":80",
+            "10.8.1.4",
+            "10.8.1.4:",
+            "10.8.1.4:http",
+            "10.8.1.4:+80",
+            "10.8.1.4:-1",
+            "10.8.1.4: 80",
+            "10.8.1.4:080",
+            "10.8.1.4:00",
+            "10.8.1.4:65536",
+            "10.8.1.4:99999999999",
+            "10.8.1.4:80:80",
+            "10.8.1.4:80/",
+            "10.8.1.4:80\0",
+            " 10.8.1.4:80",
+            "10.8.1:80",
+            "10.8.1.004:80",
+            "0x0a080104:80",
+            "168296708:80",
+            "[10.8.1.4]:80",
+            "fd00::4:80",
+            "[fd00::4]",
+            "[fd00::4]80",
+            "[fd00::4:80",
+            "fd00::4]:80",
+            "[[fd00::4]]:80",
+            "[fd00::4%1]:80",
+            "[fe80::1%eth0]:80",
+            "[::ffff:10.8.1.4]:80",
+            "localhost:80",
+            "photo-backend.photo.svc.cluster.local:80",
+            "user@10.8.1.4:80",
+            "http://10.8.1.4:80",
+            "١٠.8.1.4:80",
+            "10.8.1.4:٨٠",
+        ] {
+            refused(text, BadAuthority::NotLiteral);
+        }
+        refused("10.8.1.4:0", BadAuthority::PortZero);
+        refused("[fd00::4]:0", BadAuthority::PortZero);
+    }
+
+    #[test]
+    fn the_longest_literal_is_read_and_nothing_longer() {
+        let longest = "[1111:2222:3333:4444:5555:6666:7777:8888]:65535";
+        assert_eq!(longest.len(), AUTHORITY_BYTES_MAX);
+        assert!(parse_authority(longest).is_ok());
+        refused(&format!("{longest}0"), BadAuthority::NotLiteral);
+    }
+
+    #[test]
+    fn only_own_addresses_and_ports_of_the_application_may_be_asked_for() {
+        // T-8
+        let world = snapshot(&format!("{}\n---\n{}", pod("web", "10.8.1.4", ""), unit("db", 81)));
+        let (web, db) = (workload(&world, "web"), workload(&world, "db"));
+        for target in ["10.8.1.4:80", "10.8.1.4:1", "[::ffff:10.8.1.4]:80"] {
+            assert_eq!(check_target(&web, at(target)), Ok(()), "{target}");
+        }
+        for target in
+            ["127.0.0.1:80", "169.254.169.254:80", "10.8.1.5:80", "10.9.0.2:81", "[::1]:80", "0.0.0.0:80"]
+        {
+            let foreign = Err(BadAuthority::ForeignAddress(at(target).ip()));
+            assert_eq!(check_target(&web, at(target)), foreign, "{target}");
+        }
+        for port in RESERVED_PORTS {
+            let reserved = Err(BadAuthority::ReservedPort(port));
+            assert_eq!(check_target(&web, at(&format!("10.8.1.4:{port}"))), reserved);
+        }
+        assert_eq!(check_target(&db, at("10.9.0.2:81")), Ok(()));
+        assert_eq!(check_target(&db, at("10.9.0.2:22")), Err(BadAuthority::UndeclaredPort(22)));
+    }
+}
