@@ -13,3 +13,5 @@ pub mod certs;
 pub mod config;
 
 pub mod control;
+
+pub mod datapath;

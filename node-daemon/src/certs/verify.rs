@@ -5,7 +5,12 @@
 //! secure naming (policy D-5). Reasons travel through rustls as `CertificateError::Other` and are found again by
 //! [`PeerRefused::of`].
 
-use std::{collections::BTreeSet, fmt, io, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fmt, io,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use arc_swap::ArcSwap;
 use rustls::{
@@ -32,6 +37,14 @@ pub struct Peer {
     pub identity: SpiffeId,
     /// Seconds since the epoch at which its certificate ends.
     pub not_after: u64,
+}
+
+impl Peer {
+    /// How much longer its certificate lasts, by this node's clock.
+    pub fn lasts_for(&self) -> Duration {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Duration::from_secs(self.not_after).saturating_sub(now)
+    }
 }
 
 /// Why a peer was refused, for people; [`PeerRefused::refusal`] is the label.

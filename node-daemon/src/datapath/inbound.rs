@@ -1,0 +1,381 @@
+//! Into a workload: accept -> identify -> authorise -> deliver.
+//!
+//! Two ways lead here: the tunnel port, where other nodes bring streams, and the workload's own ports, where clients
+//! speak mesh TLS or plaintext, as the destination's policy allows.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use http::StatusCode;
+use node_core::{
+    policy::{ConnectionFacts, Presented},
+    snapshot::Snapshot,
+    tunnel::header::{check_target, parse_authority},
+    workload::{TransportMode, Workload},
+};
+use tokio::{net::TcpStream, time::Instant};
+
+use super::{
+    Shared,
+    accept::{Accepted, Place, Site},
+    authorise::admit,
+    carry::{Prefixed, Side, carry},
+    deliver::deliver,
+    identify::{self, Spoken},
+    live::Registration,
+    record::{Ending, Record, known_end, protocol_of, workload_end},
+    tunnel::{self, Asked, HandshakeFailed, Secured},
+};
+use crate::{
+    certs::{Credentials, verify::Peer},
+    telemetry::{Direction, Path, Reason, Tls},
+};
+
+/// Serves one connection at the workload's own port.
+pub(super) async fn serve(shared: &Shared, site: &Site, accepted: Accepted, own_port: u16) {
+    let (client, target) = (accepted.client, accepted.target);
+    let mut record = shared.record(Direction::Inbound, Path::Relay, client, target);
+    let ending = tokio::select! {
+        biased;
+        () = site.gone().cancelled() => left(),
+        ending = come_in(shared, site, accepted, own_port, &mut record) => ending.unwrap_or_else(|refused| refused),
+    };
+    record.end(ending);
+}
+
+fn left() -> Ending {
+    Ending::broken(Reason::WorkloadLeft, "its workload left the mesh")
+}
+
+async fn come_in(
+    shared: &Shared,
+    site: &Site,
+    accepted: Accepted,
+    own_port: u16,
+    record: &mut Record,
+) -> Result<Ending, Ending> {
+    let Accepted { mut stream, client, target, place: _place } = accepted;
+    let snapshot = shared.snapshot();
+    record.judged_by(snapshot.number());
+    let destination = destination(site, &snapshot, target, own_port)?;
+    learn_destination(record, &destination, target);
+    let known = snapshot.workload_at(client.ip(), client.port());
+    record.learn(|ends| {
+        ends.source =
+            known_end(known.map(|known| &known.name), known.map(|known| known.node.as_str()), client);
+    });
+    let facts = |presented| facts(&destination, target, client, presented);
+    if let Some(local) = identify::local_client(site, &snapshot, client, target)? {
+        record.learn(|ends| ends.source = workload_end(&local, client));
+        let presented = Presented::Attested(local.identity.clone());
+        return through(shared, site, stream, facts(presented), record).await;
+    }
+    let mode = snapshot.transport_mode(&destination, target.port());
+    if mode == TransportMode::Disabled {
+        return through(shared, site, stream, facts(Presented::Plaintext), record).await;
+    }
+    let turn = site.handshake(&shared.events).await;
+    match identify::listen(&mut stream, mode).await? {
+        Spoken::Plain(prefix) => {
+            drop(turn);
+            through(shared, site, Prefixed::new(prefix, stream), facts(Presented::Plaintext), record).await
+        }
+        Spoken::MeshTls(hello) => {
+            let credentials = credentials(shared, &destination).await?;
+            // An alert must reach the client, so a failed handshake closes in order.
+            stream.settle();
+            let secured = tunnel::accept_hello(*hello, stream, credentials.mesh_server()).await;
+            drop(turn);
+            let Secured { stream, peer, tls, server_name } = secured.map_err(|failed| refused(&failed))?;
+            learn_peer(record, &snapshot, client, &peer, tls);
+            let presented = Presented::MeshTls { peer: peer.identity, server_name };
+            through(shared, site, stream, facts(presented), record).await
+        }
+    }
+}
+
+/// Asks the policy, delivers, relays.
+async fn through<C: Side>(
+    shared: &Shared,
+    site: &Site,
+    client: C,
+    facts: ConnectionFacts,
+    record: &mut Record,
+) -> Result<Ending, Ending> {
+    let (server, registration) = admit_and_deliver(shared, site, facts, record).await?;
+    record.opened();
+    Ok(carry(client, server, record, &registration).await)
+}
+
+async fn admit_and_deliver(
+    shared: &Shared,
+    site: &Site,
+    facts: ConnectionFacts,
+    record: &mut Record,
+) -> Result<(TcpStream, Registration), Ending> {
+    let target = SocketAddr::new(facts.destination_address, facts.destination_port);
+    let (client, workload) = (facts.source_address, facts.destination.name.clone());
+    let (permit, registration) = admit(shared, facts, record)?;
+    let server = tokio::select! {
+        biased;
+        cut = registration.cut() => return Err(cut.into()),
+        server = deliver(permit, site, &workload, client, target) => server?,
+    };
+    Ok((server, registration))
+}
+
+/// The workload that was dialled: the site's own, or on a host the one that declares the port (T-6).
+fn destination(
+    site: &Site,
+    snapshot: &Snapshot,
+    target: SocketAddr,
+    own_port: u16,
+) -> Result<Arc<Workload>, Ending> {
+    let found = if site.is_host() {
+        snapshot.workload_at(target.ip(), target.port()).filter(|found| found.node == snapshot.node())
+    } else {
+        snapshot.workload(site.name()).filter(|own| own.addresses.contains(&target.ip()))
+    };
+    let found = found.filter(|_| target.port() != own_port || site.is_host());
+    found.cloned().ok_or_else(|| {
+        Ending::denied(
+            Reason::Loop,
+            "the target is no port of the workload: loopback, or the daemon's own listener",
+        )
+    })
+}
+
+fn facts(
+    destination: &Arc<Workload>,
+    target: SocketAddr,
+    client: SocketAddr,
+    presented: Presented,
+) -> ConnectionFacts {
+    ConnectionFacts {
+        presented,
+        source_address: client.ip(),
+        destination_address: target.ip(),
+        destination_port: target.port(),
+        destination: Arc::clone(destination),
+    }
+}
+
+fn learn_destination(record: &mut Record, destination: &Workload, target: SocketAddr) {
+    record.learn(|ends| {
+        ends.destination = workload_end(destination, target);
+        ends.protocol = protocol_of(destination, target.port());
+    });
+}
+
+fn learn_peer(record: &mut Record, snapshot: &Snapshot, client: SocketAddr, peer: &Peer, tls: Tls) {
+    let known = snapshot.workload_at(client.ip(), client.port());
+    record.learn(|ends| {
+        ends.source =
+            known_end(known.map(|known| &known.name), known.map(|known| known.node.as_str()), client);
+        ends.source.identity = Some(peer.identity.clone());
+    });
+    record.secured_by(tls);
+}
+
+async fn credentials(shared: &Shared, workload: &Workload) -> Result<Arc<Credentials>, Ending> {
+    let held = Instant::now() + shared.holds.certificate;
+    shared
+        .credentials
+        .wait(&workload.identity, held)
+        .await
+        .map_err(|late| Ending::failed(Reason::HoldCertificate, late))
+}
+
+fn refused(failed: &HandshakeFailed) -> Ending {
+    if failed.is_refusal() {
+        Ending::denied(failed.reason(), failed)
+    } else {
+        Ending::failed(failed.reason(), failed)
+    }
+}
+
+// ---- the tunnel port -----------------------------------------------------------------------------------------------
+
+/// One verified tunnel, as its streams see it.
+struct Tunnelled {
+    /// Whose certificate was shown to the client.
+    presented: Arc<Workload>,
+    peer: Peer,
+    tls: Tls,
+    client: SocketAddr,
+    target: SocketAddr,
+}
+
+/// Serves one tunnel. Its handshake is a record of its own only if it fails; its streams are.
+pub(super) async fn serve_tunnel(shared: &Arc<Shared>, site: &Arc<Site>, accepted: Accepted) {
+    let Accepted { stream, client, target, place } = accepted;
+    // Streams speak for themselves: an alert or a GOAWAY must reach the other end.
+    stream.settle();
+    tunnel::keep_alive(&stream);
+    let opened = tokio::select! {
+        biased;
+        () = site.gone().cancelled() => return,
+        opened = open_tunnel(shared, site, stream, client, target) => opened,
+    };
+    match opened {
+        Ok((tunnel, tunnelled)) => serve_streams(shared, site, tunnel, Arc::new(tunnelled), place).await,
+        Err(ending) => shared.record(Direction::Inbound, Path::Tunnel, client, target).end(ending),
+    }
+}
+
+type Tunnel = tunnel::ServerTunnel<tokio_rustls::server::TlsStream<TcpStream>>;
+
+async fn open_tunnel(
+    shared: &Shared,
+    site: &Site,
+    stream: TcpStream,
+    client: SocketAddr,
+    target: SocketAddr,
+) -> Result<(Tunnel, Tunnelled), Ending> {
+    let snapshot = shared.snapshot();
+    let found = if site.is_host() {
+        snapshot.local().find(|local| local.is_host() && local.addresses.contains(&target.ip()))
+    } else {
+        snapshot.workload(site.name()).filter(|own| own.addresses.contains(&target.ip()))
+    };
+    let presented = found
+        .cloned()
+        .ok_or_else(|| Ending::denied(Reason::Loop, "the tunnel arrived at no address of the workload"))?;
+    let credentials = credentials(shared, &presented).await?;
+    let turn = site.handshake(&shared.events).await;
+    let secured =
+        tunnel::accept(stream, credentials.tunnel_server()).await.map_err(|failed| refused(&failed))?;
+    let Secured { stream, peer, tls, .. } = secured;
+    let tunnel = tunnel::serve(stream).await.map_err(|failed| refused(&failed))?;
+    drop(turn);
+    Ok((tunnel, Tunnelled { presented, peer, tls, client, target }))
+}
+
+/// Takes streams until the client closes, its certificate ends, or this side drains.
+async fn serve_streams(
+    shared: &Arc<Shared>,
+    site: &Arc<Site>,
+    mut tunnel: Tunnel,
+    tunnelled: Arc<Tunnelled>,
+    _place: Place,
+) {
+    let expiry = tokio::time::sleep(tunnelled.peer.lasts_for());
+    tokio::pin!(expiry);
+    let mut finishing = false;
+    loop {
+        tokio::select! {
+            biased;
+            () = site.gone().cancelled() => return,
+            () = site.closing().cancelled(), if !finishing => {
+                finishing = true;
+                tunnel.finish();
+            }
+            () = &mut expiry, if !finishing => {
+                finishing = true;
+                tunnel.finish();
+            }
+            asked = tunnel.next() => match asked {
+                Some(Ok(asked)) => {
+                    let (shared, site) = (Arc::clone(shared), Arc::clone(site));
+                    let tunnelled = Arc::clone(&tunnelled);
+                    shared.tasks.clone().spawn(async move {
+                        serve_stream(&shared, &site, &tunnelled, asked).await;
+                    });
+                }
+                Some(Err(error)) => {
+                    tracing::debug!(%error, client = %tunnelled.client, "tunnel ended");
+                    return;
+                }
+                None => return,
+            }
+        }
+    }
+}
+
+async fn serve_stream(shared: &Shared, site: &Site, tunnelled: &Tunnelled, asked: Asked) {
+    let mut record = shared.record(Direction::Inbound, Path::Tunnel, tunnelled.client, tunnelled.target);
+    let ending = tokio::select! {
+        biased;
+        () = site.gone().cancelled() => left(),
+        ending = stream_in(shared, site, tunnelled, asked, &mut record) => ending,
+    };
+    record.end(ending);
+}
+
+async fn stream_in(
+    shared: &Shared,
+    site: &Site,
+    tunnelled: &Tunnelled,
+    asked: Asked,
+    record: &mut Record,
+) -> Ending {
+    let (server, registration, _place) =
+        match stream_to_workload(shared, site, tunnelled, &asked, record).await {
+            Ok(reached) => reached,
+            Err(ending) => {
+                asked.refuse(status(&ending));
+                return ending;
+            }
+        };
+    record.opened();
+    match asked.accept() {
+        Ok(stream) => carry(stream, server, record, &registration).await,
+        Err(error) => {
+            server.arm();
+            Ending::broken(Reason::TunnelLost, error)
+        }
+    }
+}
+
+async fn stream_to_workload(
+    shared: &Shared,
+    site: &Site,
+    tunnelled: &Tunnelled,
+    asked: &Asked,
+    record: &mut Record,
+) -> Result<(TcpStream, Registration, Place), Ending> {
+    let snapshot = shared.snapshot();
+    record.judged_by(snapshot.number());
+    learn_peer(record, &snapshot, tunnelled.client, &tunnelled.peer, tunnelled.tls.clone());
+    let (destination, target) = target_of(site, &snapshot, tunnelled, asked)?;
+    learn_destination(record, &destination, target);
+    let place = site.place_now(shared)?;
+    let presented = Presented::Tunnel(tunnelled.peer.identity.clone());
+    // The tunnel's own address is the source's (T-9); nothing that the client writes about itself is read.
+    let facts = facts(&destination, target, tunnelled.client, presented);
+    let (server, registration) = admit_and_deliver(shared, site, facts, record).await?;
+    Ok((server, registration, place))
+}
+
+/// Which workload and port are meant (T-8).
+fn target_of(
+    site: &Site,
+    snapshot: &Snapshot,
+    tunnelled: &Tunnelled,
+    asked: &Asked,
+) -> Result<(Arc<Workload>, SocketAddr), Ending> {
+    let bad = |problem: &dyn std::fmt::Display| Ending::denied(Reason::BadAuthority, problem);
+    let authority = asked.authority().ok_or_else(|| bad(&"the request is no CONNECT with an authority"))?;
+    let target = parse_authority(authority).map_err(|problem| bad(&problem))?;
+    if target.is_ipv4() != tunnelled.client.is_ipv4() {
+        return Err(bad(&"the authority is of another address family than the tunnel"));
+    }
+    let destination = if site.is_host() {
+        let found = snapshot.workload_at(target.ip(), target.port()).filter(|found| found.is_host());
+        // The client accepted one identity's certificate; another's workload is not behind it.
+        found.filter(|found| found.node == snapshot.node() && found.identity == tunnelled.presented.identity)
+    } else {
+        snapshot.workload(site.name())
+    };
+    let destination = destination.ok_or_else(|| bad(&"the authority names no workload that was reached"))?;
+    check_target(destination, target).map_err(|problem| bad(&problem))?;
+    Ok((Arc::clone(destination), target))
+}
+
+/// T-8: 400 is the client's mistake, 403 the policy, 503 nothing behind.
+fn status(ending: &Ending) -> StatusCode {
+    match ending.reason {
+        Some(Reason::BadAuthority) => StatusCode::BAD_REQUEST,
+        _ if ending.is_denial() => StatusCode::FORBIDDEN,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}

@@ -1,0 +1,295 @@
+//! Open connections, and what became of their right to be open.
+//!
+//! Whoever opens one registers it with the number of the snapshot that it was judged by, then [confirms]
+//! (Registration::confirm) it against the current one, and only then lets the first byte through. A publish in between
+//! is seen by one of the two sides: by the confirmation if it came before, by [`Live::rejudge`] if after (T-18).
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use node_core::{
+    policy::{ConnectionFacts, Denial, Verdict as Deciding},
+    snapshot::{Route, RouteRefusal, Snapshot},
+    workload::{ObjectName, Workload},
+};
+use spiffe_id::SpiffeId;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{net::Progress, telemetry::Ends};
+
+/// Connections judged between two pauses, so that a change of policy does not hold up a thread of the runtime: some
+/// 5 us each.
+const REJUDGED_AT_ONCE: usize = 256;
+
+/// What a connection was allowed by, in a form that can be asked again.
+#[derive(Clone, Debug)]
+pub(super) enum Judged {
+    /// The policy of the destination, which runs here.
+    Inbound(ConnectionFacts),
+    /// Route, secure naming and enrolment of the source, which runs here.
+    Tunnel { source: Arc<Workload>, target: SocketAddr, seed: u64, endpoint: SocketAddr, peer: SpiffeId },
+    /// Still outside the mesh?
+    Passthrough { source: Arc<Workload>, target: SocketAddr },
+}
+
+/// Why an open connection is ended from this side.
+#[derive(Clone, Debug)]
+pub(super) enum Cut {
+    Denied(Denial),
+    /// The way it took leads elsewhere, or nowhere.
+    Rerouted(Option<RouteRefusal>),
+    /// The source or the destination is no longer enrolled here.
+    WorkloadLeft,
+    /// The daemon has drained for its full time.
+    Drained,
+}
+
+/// What the policy said of an inbound connection, or that nothing had to be said.
+type Judgement = Result<Option<Deciding>, Cut>;
+
+impl Judged {
+    fn judge(&self, snapshot: &Snapshot) -> Judgement {
+        match self {
+            Self::Inbound(facts) => judge_inbound(facts, snapshot),
+            Self::Tunnel { source, target, seed, endpoint, peer } => {
+                still_here(source, snapshot)?;
+                match snapshot.route(source, *target, *seed) {
+                    Route::Tunnel { allowed, .. } if allowed.contains(peer) => {
+                        // The endpoint may be another by now; this one must still be the mesh's.
+                        let there = snapshot.workload_at(endpoint.ip(), endpoint.port());
+                        if there.is_some_and(|there| there.enrolled) {
+                            Ok(None)
+                        } else {
+                            Err(Cut::Rerouted(None))
+                        }
+                    }
+                    Route::Refused(refusal) => Err(Cut::Rerouted(Some(refusal))),
+                    Route::Tunnel { .. } | Route::Passthrough { .. } | Route::Unknown => {
+                        Err(Cut::Rerouted(None))
+                    }
+                }
+            }
+            Self::Passthrough { source, target } => {
+                still_here(source, snapshot)?;
+                match snapshot.route(source, *target, 0) {
+                    Route::Passthrough { .. } => Ok(None),
+                    Route::Refused(refusal) => Err(Cut::Rerouted(Some(refusal))),
+                    Route::Tunnel { .. } | Route::Unknown => Err(Cut::Rerouted(None)),
+                }
+            }
+        }
+    }
+
+    fn workload(&self) -> &ObjectName {
+        match self {
+            Self::Inbound(facts) => &facts.destination.name,
+            Self::Tunnel { source, .. } | Self::Passthrough { source, .. } => &source.name,
+        }
+    }
+}
+
+/// The workload as the new snapshot knows it decides: labels and ports may have changed.
+fn judge_inbound(facts: &ConnectionFacts, snapshot: &Snapshot) -> Judgement {
+    let destination = snapshot
+        .workload(&facts.destination.name)
+        .filter(|destination| destination.addresses.contains(&facts.destination_address))
+        .ok_or(Cut::WorkloadLeft)?;
+    let facts = ConnectionFacts { destination: Arc::clone(destination), ..facts.clone() };
+    let permit = snapshot.authorise(&facts).map_err(Cut::Denied)?;
+    Ok(Some(permit.verdict().clone()))
+}
+
+fn still_here(source: &Workload, snapshot: &Snapshot) -> Result<(), Cut> {
+    let here = snapshot.workload(&source.name).is_some_and(|now| {
+        now.enrolled
+            && now.identity == source.identity
+            && now.node == source.node
+            && now.addresses == source.addresses
+    });
+    if here { Ok(()) } else { Err(Cut::WorkloadLeft) }
+}
+
+/// One open connection.
+struct Entry {
+    judged: Judged,
+    snapshot: AtomicU64,
+    deciding: Mutex<Option<Deciding>>,
+    cut: CancellationToken,
+    cause: Mutex<Option<Cut>>,
+    progress: Arc<Progress>,
+    ends: Arc<Ends>,
+}
+
+impl Entry {
+    fn end(&self, cut: Cut) {
+        self.cause.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(cut);
+        self.cut.cancel();
+    }
+
+    /// Judges by `snapshot` unless a newer one has judged already.
+    fn judge(&self, snapshot: &Snapshot) {
+        if self.snapshot.load(Ordering::Acquire) >= snapshot.number() {
+            return;
+        }
+        match self.judged.judge(snapshot) {
+            Ok(deciding) => {
+                self.snapshot.fetch_max(snapshot.number(), Ordering::AcqRel);
+                if deciding.is_some() {
+                    *self.deciding.lock().unwrap_or_else(PoisonError::into_inner) = deciding;
+                }
+            }
+            Err(cut) => self.end(cut),
+        }
+    }
+}
+
+/// All open connections of this node.
+#[derive(Default)]
+pub(super) struct Live {
+    entries: Mutex<BTreeMap<u64, Arc<Entry>>>,
+}
+
+/// One open connection, for status.
+#[derive(Clone, Debug)]
+pub struct ConnectionView {
+    pub ends: Arc<Ends>,
+    /// From the client to the server so far.
+    pub bytes_in: u64,
+    /// From the server to the client so far.
+    pub bytes_out: u64,
+    /// By which snapshot it was judged last.
+    pub snapshot: u64,
+}
+
+impl Live {
+    /// Enters a connection that `snapshot` allowed. It may not carry a byte before [`Registration::confirm`].
+    pub(super) fn register(
+        self: &Arc<Self>,
+        judged: Judged,
+        snapshot: &Snapshot,
+        ends: Arc<Ends>,
+        progress: Arc<Progress>,
+    ) -> Registration {
+        let id = ends.connection;
+        let entry = Arc::new(Entry {
+            judged,
+            snapshot: AtomicU64::new(snapshot.number()),
+            deciding: Mutex::new(None),
+            cut: CancellationToken::new(),
+            cause: Mutex::new(None),
+            progress,
+            ends,
+        });
+        self.lock().insert(id, Arc::clone(&entry));
+        Registration { live: Arc::clone(self), id, entry }
+    }
+
+    /// Judges all connections by a new snapshot and ends those that lost their right.
+    pub(super) async fn rejudge(&self, snapshot: &Snapshot) {
+        let entries: Vec<Arc<Entry>> = self.lock().values().cloned().collect();
+        for some in entries.chunks(REJUDGED_AT_ONCE) {
+            for entry in some {
+                entry.judge(snapshot);
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Re-judges on every publish, until there will be none.
+    pub(super) async fn follow(self: Arc<Self>, mut snapshots: watch::Receiver<Arc<Snapshot>>) {
+        loop {
+            let snapshot = Arc::clone(&snapshots.borrow_and_update());
+            self.rejudge(&snapshot).await;
+            if snapshots.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Ends all connections of one workload.
+    pub(super) fn cut_workload(&self, name: &ObjectName) {
+        for entry in self.lock().values().filter(|entry| entry.judged.workload() == name) {
+            entry.end(Cut::WorkloadLeft);
+        }
+    }
+
+    /// Ends what is still open.
+    pub(super) fn cut_all(&self) {
+        for entry in self.lock().values() {
+            entry.end(Cut::Drained);
+        }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    pub(super) fn views(&self) -> Vec<ConnectionView> {
+        let view = |entry: &Arc<Entry>| ConnectionView {
+            ends: Arc::clone(&entry.ends),
+            bytes_in: entry.progress.forward(),
+            bytes_out: entry.progress.back(),
+            snapshot: entry.snapshot.load(Ordering::Acquire),
+        };
+        self.lock().values().map(view).collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Arc<Entry>>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Membership of one connection; leaves when dropped.
+#[must_use]
+pub(super) struct Registration {
+    live: Arc<Live>,
+    id: u64,
+    entry: Arc<Entry>,
+}
+
+impl Registration {
+    /// Judges again if the current snapshot is newer than the one that allowed it. To be called after registering and
+    /// before the first byte.
+    ///
+    /// # Errors
+    /// Why it may not go on.
+    pub(super) fn confirm(&self, snapshots: &watch::Receiver<Arc<Snapshot>>) -> Result<(), Cut> {
+        let current = Arc::clone(&snapshots.borrow());
+        self.entry.judge(&current);
+        if self.entry.cut.is_cancelled() { Err(self.cause()) } else { Ok(()) }
+    }
+
+    /// Ends when the connection lost its right; says why.
+    pub(super) async fn cut(&self) -> Cut {
+        self.entry.cut.cancelled().await;
+        self.cause()
+    }
+
+    /// The snapshot that judged last.
+    pub(super) fn snapshot(&self) -> u64 {
+        self.entry.snapshot.load(Ordering::Acquire)
+    }
+
+    /// What that snapshot's policy said, if it was another one than the first.
+    pub(super) fn deciding(&self) -> Option<Deciding> {
+        self.entry.deciding.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn cause(&self) -> Cut {
+        let cause = self.entry.cause.lock().unwrap_or_else(PoisonError::into_inner);
+        cause.clone().unwrap_or(Cut::Drained)
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.live.lock().remove(&self.id);
+    }
+}

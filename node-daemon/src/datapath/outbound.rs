@@ -1,0 +1,231 @@
+//! Out of a workload: accept -> identify -> route -> tunnel, or a plain relay to what is outside the mesh.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use node_core::{
+    attest::Attested,
+    snapshot::{Route, Snapshot},
+    tunnel::{TUNNEL_PORT, route::PoolKey},
+    workload::Workload,
+};
+use spiffe_id::SpiffeId;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
+
+use super::{
+    Shared,
+    accept::{Accepted, Site},
+    authorise::let_out,
+    carry::carry,
+    deliver::unreached,
+    identify,
+    live::Judged,
+    record::{Ending, Record, known_end, protocol_of, workload_end},
+    tunnel::{OpenFailed, Reach},
+};
+use crate::{
+    net::DialError,
+    telemetry::{Direction, Path, Reason},
+};
+
+/// Time for one attempt to connect to a peer's daemon, in seconds: SYN, one retransmit, and its answer.
+const PEER_DIAL_SECONDS: u64 = 3;
+
+/// Time to connect to something outside the mesh, in seconds: five SYNs. The application believes itself connected
+/// meanwhile.
+const OUTSIDE_DIAL_SECONDS: u64 = 30;
+
+/// Serves one captured connection.
+pub(super) async fn serve(shared: &Shared, site: &Site, accepted: Accepted, own_port: u16) {
+    let (client, target) = (accepted.client, accepted.target);
+    let mut record = shared.record(Direction::Outbound, Path::Tunnel, client, target);
+    let ending = tokio::select! {
+        biased;
+        () = site.gone().cancelled() => Ending::broken(Reason::WorkloadLeft, "its workload left the mesh"),
+        ending = go_out(shared, site, accepted, own_port, &mut record) => ending.unwrap_or_else(|refused| refused),
+    };
+    record.end(ending);
+}
+
+async fn go_out(
+    shared: &Shared,
+    site: &Site,
+    accepted: Accepted,
+    own_port: u16,
+    record: &mut Record,
+) -> Result<Ending, Ending> {
+    let Accepted { stream, client, target, place: _place } = accepted;
+    let seed = rand::random();
+    let (snapshot, source, route) = resolve(shared, site, client, target, own_port, seed).await?;
+    record.judged_by(snapshot.number());
+    record.learn(|ends| ends.source = workload_end(source.workload(), client));
+    match route {
+        Route::Tunnel { destination, endpoint, allowed, service } => {
+            record.learn(|ends| {
+                ends.destination = workload_end(&destination, endpoint);
+                ends.service = service;
+                ends.protocol = protocol_of(&destination, endpoint.port());
+            });
+            let way = Way { snapshot, source, target, endpoint, seed };
+            through_tunnel(shared, site, stream, way, allowed, record).await
+        }
+        Route::Passthrough { target } => {
+            outside(shared, site, stream, &snapshot, &source, target, record).await
+        }
+        Route::Refused(refusal) => Err(refusal.into()),
+        Route::Unknown => {
+            let seconds = shared.holds.unknown_address.as_secs();
+            Err(Ending::denied(
+                Reason::HoldUnknownAddress,
+                format!("nobody knows the address after {seconds} s"),
+            ))
+        }
+    }
+}
+
+/// Where it goes. An address of the mesh that nobody knows yet is held (DESIGN 3.4.9).
+async fn resolve(
+    shared: &Shared,
+    site: &Site,
+    client: SocketAddr,
+    target: SocketAddr,
+    own_port: u16,
+    seed: u64,
+) -> Result<(Arc<Snapshot>, Attested, Route), Ending> {
+    let deadline = Instant::now() + shared.holds.unknown_address;
+    let mut snapshots = shared.snapshots.clone();
+    loop {
+        let snapshot = Arc::clone(&snapshots.borrow_and_update());
+        refuse_loop(site, &snapshot, target, own_port)?;
+        let source = identify::source(site, &snapshot, client, target)?;
+        let route = snapshot.route(source.workload(), target, seed);
+        let wait =
+            route == Route::Unknown && matches!(timeout_at(deadline, snapshots.changed()).await, Ok(Ok(())));
+        if !wait {
+            return Ok((snapshot, source, route));
+        }
+    }
+}
+
+/// T-6: the listener is reachable on loopback from inside, and by its own port; what comes there was not captured.
+fn refuse_loop(site: &Site, snapshot: &Snapshot, target: SocketAddr, own_port: u16) -> Result<(), Ending> {
+    let address = target.ip();
+    let is_itself = target.port() == own_port && site.is_own(snapshot, address);
+    if address.is_loopback() || address.is_unspecified() || is_itself {
+        return Err(Ending::denied(Reason::Loop, "the target is loopback or the daemon's own listener"));
+    }
+    Ok(())
+}
+
+/// A way through the mesh.
+struct Way {
+    snapshot: Arc<Snapshot>,
+    source: Attested,
+    target: SocketAddr,
+    endpoint: SocketAddr,
+    seed: u64,
+}
+
+async fn through_tunnel(
+    shared: &Shared,
+    site: &Site,
+    stream: TcpStream,
+    way: Way,
+    allowed: Arc<std::collections::BTreeSet<SpiffeId>>,
+    record: &mut Record,
+) -> Result<Ending, Ending> {
+    let identity = way.source.identity();
+    let held = Instant::now() + shared.holds.certificate;
+    let credentials = shared
+        .credentials
+        .wait(identity, held)
+        .await
+        .map_err(|late| Ending::failed(Reason::HoldCertificate, late))?;
+    let key = PoolKey {
+        source: way.source.workload().name.clone(),
+        source_address: way.source.client(),
+        identity: identity.clone(),
+        allowed,
+        endpoint: SocketAddr::new(way.endpoint.ip(), TUNNEL_PORT),
+    };
+    let deadline = Instant::now() + shared.holds.dead_peer;
+    let reach = FromWorkload { site, key: &key };
+    let opened = shared
+        .pool
+        .open(&key, way.endpoint, &credentials, &reach, deadline)
+        .await
+        .map_err(|failed| not_opened(&failed))?;
+    record.secured_by(opened.tls);
+    record.learn(|ends| ends.destination.identity = Some(opened.peer.identity.clone()));
+    let judged = Judged::Tunnel {
+        source: Arc::clone(way.source.workload()),
+        target: way.target,
+        seed: way.seed,
+        endpoint: way.endpoint,
+        peer: opened.peer.identity,
+    };
+    let registration = let_out(shared, judged, &way.snapshot, record)?;
+    record.opened();
+    Ok(carry(stream, opened.stream, record, &registration).await)
+}
+
+/// A tunnel is dialled inside the source's namespace, from its own address (T-9).
+struct FromWorkload<'a> {
+    site: &'a Site,
+    key: &'a PoolKey,
+}
+
+impl Reach for FromWorkload<'_> {
+    async fn reach(&self) -> Result<TcpStream, DialError> {
+        let within = Duration::from_secs(PEER_DIAL_SECONDS);
+        self.site.ground().dial(Some(self.key.source_address), self.key.endpoint, within).await
+    }
+}
+
+fn not_opened(failed: &OpenFailed) -> Ending {
+    match failed {
+        OpenFailed::Answered(http::StatusCode::FORBIDDEN) => Ending::denied(Reason::PeerDenied, failed),
+        OpenFailed::Answered(http::StatusCode::BAD_REQUEST) => {
+            Ending::failed(Reason::PeerBadAuthority, failed)
+        }
+        OpenFailed::Answered(http::StatusCode::SERVICE_UNAVAILABLE) => {
+            Ending::failed(Reason::NothingListening, failed)
+        }
+        OpenFailed::Answered(_) | OpenFailed::Protocol(_) => Ending::failed(Reason::Protocol, failed),
+        OpenFailed::Handshake(handshake) if handshake.is_refusal() => {
+            Ending::denied(handshake.reason(), failed)
+        }
+        OpenFailed::Handshake(handshake) => Ending::failed(handshake.reason(), failed),
+        OpenFailed::Dead(_) => Ending::failed(Reason::DeadPeer, failed),
+    }
+}
+
+/// Outside the mesh nothing is added and nothing is proven (DESIGN 3.4.9).
+async fn outside(
+    shared: &Shared,
+    site: &Site,
+    stream: TcpStream,
+    snapshot: &Arc<Snapshot>,
+    source: &Attested,
+    target: SocketAddr,
+    record: &mut Record,
+) -> Result<Ending, Ending> {
+    let known: Option<&Arc<Workload>> = snapshot.workload_at(target.ip(), target.port());
+    record.learn(|ends| {
+        ends.path = Path::Passthrough;
+        ends.destination =
+            known_end(known.map(|known| &known.name), known.map(|known| known.node.as_str()), target);
+    });
+    let judged = Judged::Passthrough { source: Arc::clone(source.workload()), target };
+    let registration = let_out(shared, judged, snapshot, record)?;
+    let within = Duration::from_secs(OUTSIDE_DIAL_SECONDS);
+    let server = tokio::select! {
+        biased;
+        cut = registration.cut() => return Err(cut.into()),
+        dialled = site.ground().dial(Some(source.client()), target, within) => dialled.map_err(|error| unreached(&error))?,
+    };
+    record.opened();
+    Ok(carry(stream, server, record, &registration).await)
+}
