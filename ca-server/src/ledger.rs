@@ -1,0 +1,416 @@
+//! What was issued to whom, which tokens were made and used, and that a root existed. A redb file, bounded, pruned by
+//! expiry. Of tokens only a hash is kept.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ca_proto::refusal::{Reason, Refusal};
+use redb::backends::FileBackend;
+use redb::{
+    Database, ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _, TableDefinition,
+    WriteTransaction,
+};
+use rustls::pki_types::CertificateDer;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::clock::{Clock, Seconds};
+use crate::issue::Certificate;
+
+/// Most certificates on record: 250,000 identities with two live certificates each, and some to spare; 250 bytes each.
+/// At the limit those that expire next are forgotten first, with a warning.
+const ISSUED_MAX: u64 = 600_000;
+
+/// Most tokens on record, used ones included. At the limit no more are made until some expire.
+const TOKENS_MAX: u64 = 10_000;
+
+/// Seconds for which an expired token is remembered, so that its holder is told why it is refused.
+const TOKEN_MEMORY_SECONDS: u64 = 3600;
+
+/// Most certificates that wait to be recorded; the queue drains at thousands per second, so this is a fraction of a
+/// second. At the limit requests are refused as overload.
+const RECORDS_QUEUED_MAX: usize = 1024;
+
+/// Most certificates recorded in one transaction, hence with one sync of the disk.
+const RECORDS_BATCH_MAX: usize = 256;
+
+/// Bytes of a token's hash by which it is found. The whole hash is then compared in constant time.
+const TOKEN_KEY_BYTES: usize = 8;
+
+const ROOT: &str = "root";
+const BUNDLE: &str = "bundle";
+
+const META: TableDefinition<'_, &str, &str> = TableDefinition::new("meta");
+/// First bytes of the hash -> (hash, node, expires, hash of the key that used it, leaf, issuer).
+const TOKENS: TableDefinition<'_, &[u8], TokenRow<'_>> = TableDefinition::new("tokens");
+/// Serial -> (hash of the key, name, node, expires).
+const ISSUED: TableDefinition<'_, &[u8], (&[u8], &str, &str, u64)> = TableDefinition::new("issued");
+/// (expires, serial): which certificates to forget first.
+const EXPIRY: TableDefinition<'_, (u64, &[u8]), ()> = TableDefinition::new("expiry");
+
+type TokenRow<'a> = (&'a [u8], &'a str, u64, &'a [u8], &'a [u8], &'a [u8]);
+
+/// Why the ledger cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// The file could not be made or opened.
+    #[error("{path}: cannot open the ledger: {source}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The data base refused.
+    #[error(
+        "{path}: the ledger failed ({source}). If it is damaged, restore it, or move it away: join tokens that were not \
+         used yet are then void"
+    )]
+    Database {
+        /// The file.
+        path: PathBuf,
+        /// What the data base said.
+        source: Box<redb::Error>,
+    },
+    /// As many tokens as are kept.
+    #[error("{count} join tokens are on record, as many as are kept; wait until some expire")]
+    TooManyTokens {
+        /// How many.
+        count: u64,
+    },
+}
+
+/// A token on record.
+#[derive(Clone, Debug)]
+pub(crate) struct TokenRecord {
+    /// SHA-256 of its secret.
+    pub(crate) secret_hash: [u8; 32],
+    /// Name of the node that it is for.
+    pub(crate) node: String,
+    /// From then on it is void.
+    pub(crate) expires: Seconds,
+    /// By whom it was used, and what the answer was.
+    pub(crate) used: Option<Used>,
+}
+
+/// The one use of a token.
+#[derive(Clone, Debug)]
+pub(crate) struct Used {
+    /// Hash of the key that was certified.
+    pub(crate) key_hash: [u8; 32],
+    leaf: CertificateDer<'static>,
+    issuer: CertificateDer<'static>,
+}
+
+/// What a join is answered with: leaf and issuer.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    pub(crate) leaf: CertificateDer<'static>,
+    pub(crate) issuer: CertificateDer<'static>,
+    /// What was issued just now; `None` if the answer is a repetition.
+    pub(crate) issued: Option<Certificate>,
+}
+
+/// How much is on record.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Counts {
+    pub(crate) issued: u64,
+    pub(crate) tokens: u64,
+}
+
+/// The authority's memory.
+pub(crate) struct Ledger {
+    database: Database,
+    path: PathBuf,
+    issued_max: u64,
+    tokens_max: u64,
+}
+
+impl Ledger {
+    /// Opens the file, or makes it (0600).
+    pub(crate) fn open(path: &Path) -> Result<Self, LedgerError> {
+        let open = |source| LedgerError::Open { path: path.to_owned(), source };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(open)?;
+        let failed = |source| LedgerError::Database { path: path.to_owned(), source: Box::new(source) };
+        let backend = FileBackend::new(file).map_err(|error| failed(error.into()))?;
+        let database =
+            Database::builder().create_with_backend(backend).map_err(|error| failed(error.into()))?;
+        let ledger = Self { database, path: path.to_owned(), issued_max: ISSUED_MAX, tokens_max: TOKENS_MAX };
+        // Readers may then assume that every table exists.
+        ledger.write(|txn| {
+            txn.open_table(META)?;
+            txn.open_table(TOKENS)?;
+            txn.open_table(ISSUED)?;
+            txn.open_table(EXPIRY)?;
+            Ok(())
+        })?;
+        Ok(ledger)
+    }
+
+    /// Pin of the root that this authority has or had.
+    pub(crate) fn root(&self) -> Result<Option<String>, LedgerError> {
+        self.read(|txn| Ok(txn.open_table(META)?.get(ROOT)?.map(|pin| pin.value().to_owned())))
+    }
+
+    /// Notes that the root exists.
+    pub(crate) fn remember_root(&self, pin: &str) -> Result<(), LedgerError> {
+        if self.root()?.as_deref() == Some(pin) {
+            return Ok(());
+        }
+        self.write(|txn| {
+            txn.open_table(META)?.insert(ROOT, pin)?;
+            Ok(())
+        })
+    }
+
+    /// Version of the bundle with this fingerprint: one higher than the last if it is another bundle.
+    pub(crate) fn bundle_version(&self, fingerprint: &str) -> Result<u64, LedgerError> {
+        self.write(|txn| {
+            let mut meta = txn.open_table(META)?;
+            let last = meta.get(BUNDLE)?.map(|row| row.value().to_owned());
+            let (version, known) = last
+                .as_deref()
+                .and_then(|row| row.split_once(' '))
+                .map_or((0, ""), |(version, known)| (version.parse().unwrap_or(0), known));
+            if known == fingerprint {
+                return Ok(version);
+            }
+            meta.insert(BUNDLE, format!("{} {fingerprint}", version + 1).as_str())?;
+            Ok(version + 1)
+        })
+    }
+
+    /// Notes a fresh token.
+    pub(crate) fn add_token(
+        &self,
+        secret_hash: &[u8; 32],
+        node: &str,
+        expires: Seconds,
+        now: Seconds,
+    ) -> Result<(), LedgerError> {
+        let count = self.write(|txn| {
+            let mut tokens = txn.open_table(TOKENS)?;
+            let forgotten = now.minus(TOKEN_MEMORY_SECONDS).0;
+            tokens.retain(|_, (_, _, expires, _, _, _)| expires > forgotten)?;
+            let count = tokens.len()?;
+            if count < self.tokens_max {
+                let row: TokenRow<'_> = (secret_hash, node, expires.0, &[], &[], &[]);
+                tokens.insert(&secret_hash[..TOKEN_KEY_BYTES], row)?;
+            }
+            Ok(count)
+        })?;
+        if count < self.tokens_max { Ok(()) } else { Err(LedgerError::TooManyTokens { count }) }
+    }
+
+    /// Uses a token: `decide` sees what is on record and says `Some` fresh certificate, `None` for the same answer
+    /// again, or a refusal. Decision and note are one transaction, so two nodes never use one token.
+    pub(crate) fn redeem(
+        &self,
+        secret_hash: &[u8; 32],
+        decide: impl FnOnce(Option<&TokenRecord>) -> Result<Option<Certificate>, Refusal>,
+    ) -> Result<Result<Joined, Refusal>, LedgerError> {
+        let key = &secret_hash[..TOKEN_KEY_BYTES];
+        // Guesses of strangers stay off the one writer.
+        if self.read(|txn| Ok(txn.open_table(TOKENS)?.get(key)?.is_none()))? {
+            let refusal = decide(None).err();
+            return Ok(Err(refusal.unwrap_or_else(|| Refusal::new(Reason::Stranger, "token: unknown"))));
+        }
+        self.write(|txn| {
+            let record = txn.open_table(TOKENS)?.get(key)?.and_then(|row| token_record(row.value()));
+            match decide(record.as_ref()) {
+                Err(refusal) => Ok(Err(refusal)),
+                Ok(None) => Ok(again(record)),
+                Ok(Some(certificate)) => {
+                    let Some(record) = record else { return Ok(again(None)) };
+                    let row: TokenRow<'_> = (
+                        &record.secret_hash,
+                        &record.node,
+                        record.expires.0,
+                        &certificate.key_hash,
+                        &certificate.leaf,
+                        &certificate.issuer,
+                    );
+                    txn.open_table(TOKENS)?.insert(key, row)?;
+                    insert(txn, std::slice::from_ref(&certificate), self.issued_max)?;
+                    let (leaf, issuer) = (certificate.leaf.clone(), certificate.issuer.clone());
+                    Ok(Ok(Joined { leaf, issuer, issued: Some(certificate) }))
+                }
+            }
+        })
+    }
+
+    /// Makes all tokens void: they carry the pin of a root that is no more.
+    pub(crate) fn forget_tokens(&self) -> Result<(), LedgerError> {
+        self.write(|txn| Ok(txn.open_table(TOKENS)?.retain(|_, _| false)?))
+    }
+
+    /// Notes certificates, durably.
+    fn record(&self, certificates: &[Certificate]) -> Result<(), LedgerError> {
+        let forgotten = self.write(|txn| insert(txn, certificates, self.issued_max))?;
+        if forgotten > 0 {
+            tracing::warn!(
+                forgotten,
+                limit = self.issued_max,
+                "the ledger is full, certificates that expire next are forgotten"
+            );
+        }
+        Ok(())
+    }
+
+    /// Forgets what expired.
+    pub(crate) fn prune(&self, now: Seconds) -> Result<(), LedgerError> {
+        self.write(|txn| {
+            let (mut issued, mut expiry) = (txn.open_table(ISSUED)?, txn.open_table(EXPIRY)?);
+            let bound = (now.0, &[][..]);
+            for entry in expiry.extract_from_if(..bound, |_, ()| true)? {
+                issued.remove(entry?.0.value().1)?;
+            }
+            Ok(())
+        })
+    }
+
+    pub(crate) fn counts(&self) -> Result<Counts, LedgerError> {
+        self.read(|txn| {
+            Ok(Counts { issued: txn.open_table(ISSUED)?.len()?, tokens: txn.open_table(TOKENS)?.len()? })
+        })
+    }
+
+    fn read<T>(
+        &self,
+        read: impl FnOnce(&redb::ReadTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, LedgerError> {
+        let all = || read(&self.database.begin_read()?);
+        all().map_err(|source| self.failed(source))
+    }
+
+    /// One transaction; nothing of it happened if `write` fails.
+    fn write<T>(
+        &self,
+        write: impl FnOnce(&WriteTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, LedgerError> {
+        let all = || {
+            let txn = self.database.begin_write()?;
+            let done = write(&txn)?;
+            txn.commit()?;
+            Ok(done)
+        };
+        all().map_err(|source| self.failed(source))
+    }
+
+    fn failed(&self, source: redb::Error) -> LedgerError {
+        LedgerError::Database { path: self.path.clone(), source: Box::new(source) }
+    }
+}
+
+/// Adds certificates; says how many others were forgotten for them.
+fn insert(txn: &WriteTransaction, certificates: &[Certificate], issued_max: u64) -> Result<u64, redb::Error> {
+    let (mut issued, mut expiry) = (txn.open_table(ISSUED)?, txn.open_table(EXPIRY)?);
+    let mut forgotten = 0;
+    for certificate in certificates {
+        while issued.len()? >= issued_max {
+            let Some(next) = expiry.pop_first()?.map(|(key, _)| key.value().1.to_vec()) else { break };
+            issued.remove(next.as_slice())?;
+            forgotten += 1;
+        }
+        let (name, node) =
+            (certificate.name.to_string(), certificate.node.as_ref().map_or("", |node| node.name()));
+        let row = (&certificate.key_hash[..], name.as_str(), node, certificate.expires.0);
+        issued.insert(&certificate.serial[..], row)?;
+        expiry.insert((certificate.expires.0, &certificate.serial[..]), ())?;
+    }
+    Ok(forgotten)
+}
+
+fn token_record((hash, node, expires, key_hash, leaf, issuer): TokenRow<'_>) -> Option<TokenRecord> {
+    let used = key_hash.try_into().ok().map(|key_hash| Used {
+        key_hash,
+        leaf: CertificateDer::from(leaf.to_vec()),
+        issuer: CertificateDer::from(issuer.to_vec()),
+    });
+    Some(TokenRecord {
+        secret_hash: hash.try_into().ok()?,
+        node: node.to_owned(),
+        expires: Seconds(expires),
+        used,
+    })
+}
+
+fn again(record: Option<TokenRecord>) -> Result<Joined, Refusal> {
+    match record.and_then(|record| record.used) {
+        Some(used) => Ok(Joined { leaf: used.leaf, issuer: used.issuer, issued: None }),
+        None => Err(Refusal::new(Reason::Stranger, "token: unknown")),
+    }
+}
+
+/// Notes certificates on a thread of its own, many with one sync of the disk. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Recorder(mpsc::Sender<Pending>);
+
+struct Pending {
+    certificate: Certificate,
+    done: oneshot::Sender<Result<(), Refusal>>,
+}
+
+impl Recorder {
+    /// Starts the thread. It ends when the last clone is dropped.
+    pub(crate) fn start(ledger: Arc<Ledger>) -> std::io::Result<Self> {
+        let (sender, queue) = mpsc::channel(RECORDS_QUEUED_MAX);
+        std::thread::Builder::new().name("ledger".into()).spawn(move || drain(&ledger, queue))?;
+        Ok(Self(sender))
+    }
+
+    /// Returns when the certificate is durably on record: none leaves without that.
+    ///
+    /// # Errors
+    /// [`Reason::Overloaded`] if too many wait, [`Reason::NotReady`] if the disk refuses.
+    pub(crate) async fn record(&self, certificate: Certificate) -> Result<(), Refusal> {
+        let (done, recorded) = oneshot::channel();
+        self.0.try_send(Pending { certificate, done }).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Refusal::new(
+                Reason::Overloaded,
+                format!("{RECORDS_QUEUED_MAX} certificates wait to be recorded"),
+            ),
+            mpsc::error::TrySendError::Closed(_) => not_recorded("the ledger is closed"),
+        })?;
+        recorded.await.unwrap_or_else(|_| Err(not_recorded("the ledger is closed")))
+    }
+}
+
+fn drain(ledger: &Ledger, mut queue: mpsc::Receiver<Pending>) {
+    while let Some(first) = queue.blocking_recv() {
+        let (mut certificates, mut waiting) = (vec![first.certificate], vec![first.done]);
+        while certificates.len() < RECORDS_BATCH_MAX
+            && let Ok(next) = queue.try_recv()
+        {
+            certificates.push(next.certificate);
+            waiting.push(next.done);
+        }
+        let result = ledger.record(&certificates).map_err(|error| {
+            tracing::error!(%error, "certificates could not be recorded and were not handed out");
+            not_recorded("the ledger failed")
+        });
+        for done in waiting {
+            // Whoever asked may have gone; the record stands.
+            let _ = done.send(result.clone());
+        }
+    }
+}
+
+fn not_recorded(what: &str) -> Refusal {
+    Refusal::new(Reason::NotReady, format!("the authority cannot issue at present: {what}"))
+}
+
+/// Keeps the token and certificate tables within bounds as the clock moves on.
+pub(crate) fn prune(ledger: &Ledger, clock: &Clock) {
+    if let Err(error) = ledger.prune(clock.now()) {
+        tracing::error!(%error, "the ledger could not be pruned");
+    }
+}
