@@ -47,6 +47,10 @@ pub struct CertificateView {
     pub serial: Option<String>,
     pub not_before: Option<SystemTime>,
     pub not_after: Option<SystemTime>,
+    /// When a new one is asked for.
+    pub renews_at: Option<SystemTime>,
+    /// Number of this certificate within the process.
+    pub generation: Option<u64>,
     /// Certificates issued after the first.
     pub renewals: u64,
     /// Failed attempts since the last success.
@@ -230,6 +234,11 @@ impl<A: Authority> Rotator<A> {
             serial: credentials.as_ref().map(|credentials| credentials.serial().to_owned()),
             not_before: credentials.as_ref().map(|credentials| credentials.not_before()),
             not_after: credentials.as_ref().map(|credentials| credentials.not_after()),
+            renews_at: slot.rotation.and_then(|rotation| match rotation.next((self.wall)()) {
+                Next::WaitUntil(at) => Some(at),
+                Next::Renew | Next::Expired => None,
+            }),
+            generation: credentials.as_ref().map(|credentials| credentials.generation()),
             renewals: slot.renewals,
             failures: slot.failures,
             last_problem: if slot.failures == 0 { None } else { problem.or(earlier) },

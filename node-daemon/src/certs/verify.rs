@@ -262,15 +262,11 @@ fn chain(
     now: UnixTime,
 ) -> Result<(), PeerRefused> {
     match chain_at(leaf, intermediates, anchors, side, now) {
-        Err(PeerRefused::NotYetValid { .. }) => {
+        Err(early @ PeerRefused::NotYetValid { .. }) => {
             let ahead = now.as_secs() + CLOCK_AHEAD_SECONDS_MAX;
             let ahead = UnixTime::since_unix_epoch(Duration::from_secs(ahead));
-            chain_at(leaf, intermediates, anchors, side, ahead).map_err(|refused| match refused {
-                PeerRefused::NotYetValid { not_before, .. } => {
-                    PeerRefused::NotYetValid { now: now.as_secs(), not_before }
-                }
-                other => other,
-            })
+            let later = chain_at(leaf, intermediates, anchors, side, ahead);
+            later.map_err(|late| if matches!(late, PeerRefused::NotYetValid { .. }) { early } else { late })
         }
         result => result,
     }
@@ -451,9 +447,12 @@ impl ServerCertVerifier for WorkloadServer {
     }
 }
 
-/// Recognises the public key (SubjectPublicKeyInfo, DER) of the root that a join token names.
+/// Says whether a public key (SubjectPublicKeyInfo, DER) is the one that a join token names.
+pub type IsPinned = dyn Fn(&[u8]) -> bool + Send + Sync;
+
+/// Recognises the root that a join token names.
 #[derive(Clone)]
-pub struct Pin(pub Arc<dyn Fn(&[u8]) -> bool + Send + Sync>);
+pub struct Pin(pub Arc<IsPinned>);
 
 impl Pin {
     /// Whether `certificate` has the pinned key.

@@ -22,7 +22,7 @@ pub(super) struct Ending {
     pub(super) verdict: Verdict,
     pub(super) reason: Option<Reason>,
     pub(super) detail: Option<String>,
-    pub(super) deciding: Option<Deciding>,
+    pub(super) deciding: Option<Box<Deciding>>,
 }
 
 impl Ending {
@@ -72,7 +72,7 @@ impl From<Denial> for Ending {
             verdict: Verdict::Denied,
             reason: Some(Reason::Policy(denial.reason)),
             detail: None,
-            deciding: Some(denial.verdict),
+            deciding: Some(Box::new(denial.verdict)),
         }
     }
 }
@@ -190,7 +190,7 @@ impl Record {
     }
 
     pub(super) fn end(self, ending: Ending) {
-        let deciding = ending.deciding.or(self.deciding).unwrap_or_default();
+        let deciding = ending.deciding.map(|deciding| *deciding).or(self.deciding).unwrap_or_default();
         self.events.emit(&Event::ConnectionEnded(Box::new(ConnectionRecord {
             ends: self.ends,
             opened: self.opened,

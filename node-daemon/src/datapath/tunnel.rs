@@ -10,7 +10,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -403,6 +403,16 @@ struct Tunnel {
     not_after: SystemTime,
     peer: Peer,
     tls: Tls,
+    alert: Alert,
+}
+
+/// A place in a tunnel, and what a stream needs of it.
+struct Seat {
+    requests: SendRequest<Bytes>,
+    place: Place,
+    peer: Peer,
+    tls: Tls,
+    alert: Alert,
 }
 
 /// One of a tunnel's places, held by a stream.
@@ -410,11 +420,10 @@ struct Place {
     _permit: OwnedSemaphorePermit,
 }
 
-/// What an attempt on one tunnel came to.
-enum Attempt {
-    Opened(Opened),
+/// Why an attempt on one tunnel came to nothing.
+enum Unopened {
     Failed(OpenFailed),
-    /// Nothing was sent, or nothing was taken: another attempt is safe.
+    /// No byte of the application was sent: another attempt is safe.
     Again(String),
 }
 
@@ -438,9 +447,9 @@ impl Pool {
         let mut last = "no attempt was made".to_owned();
         loop {
             match timeout_at(deadline, lane.attempt(key, target, credentials, reach)).await {
-                Ok(Attempt::Opened(opened)) => return Ok(opened),
-                Ok(Attempt::Failed(failed)) => return Err(failed),
-                Ok(Attempt::Again(problem)) => last = problem,
+                Ok(Ok(opened)) => return Ok(opened),
+                Ok(Err(Unopened::Failed(failed))) => return Err(failed),
+                Ok(Err(Unopened::Again(problem))) => last = problem,
                 Err(_) => return Err(OpenFailed::Dead(last)),
             }
             let jittered = pause.mul_f64(rand::random_range(0.5..=1.0));
@@ -504,30 +513,28 @@ impl Lane {
         target: SocketAddr,
         credentials: &Credentials,
         reach: &impl Reach,
-    ) -> Attempt {
-        match self.place(key, credentials, reach).await {
-            Ok((requests, place, peer, tls)) => connect(requests, place, peer, tls, target).await,
-            Err(attempt) => attempt,
-        }
+    ) -> Result<Opened, Unopened> {
+        let seat = self.seat(key, credentials, reach).await?;
+        connect(seat, target).await
     }
 
     /// A place in a tunnel that stands, or in a new one.
-    async fn place(
+    async fn seat(
         &self,
         key: &PoolKey,
         credentials: &Credentials,
         reach: &impl Reach,
-    ) -> Result<(SendRequest<Bytes>, Place, Peer, Tls), Attempt> {
+    ) -> Result<Seat, Unopened> {
         let mut tunnels = self.tunnels.lock().await;
         // Streams of an outdated tunnel go on without being listed here; it closes with the last of them.
         tunnels.retain(|tunnel| tunnel.generation >= credentials.generation() && tunnel.is_usable());
-        if let Some(found) = tunnels.iter_mut().find_map(Tunnel::take_place) {
+        if let Some(found) = tunnels.iter_mut().find_map(Tunnel::take_seat) {
             return Ok(found);
         }
         let mut made = dial(key, credentials, reach).await?;
-        let found = made.take_place();
+        let found = made.take_seat();
         tunnels.push(made);
-        found.ok_or_else(|| Attempt::Again("the peer allows no stream".to_owned()))
+        found.ok_or_else(|| Unopened::Again("the peer allows no stream".to_owned()))
     }
 }
 
@@ -536,20 +543,26 @@ impl Tunnel {
         !self.broken.load(Ordering::Acquire) && SystemTime::now() < self.not_after
     }
 
-    fn take_place(&mut self) -> Option<(SendRequest<Bytes>, Place, Peer, Tls)> {
+    fn take_seat(&mut self) -> Option<Seat> {
         let taken = STREAMS_PER_TUNNEL_MAX - self.places.available_permits();
         if taken >= self.requests.current_max_send_streams() {
             return None;
         }
         let permit = Arc::clone(&self.places).try_acquire_owned().ok()?;
         self.used = Instant::now();
-        Some((self.requests.clone(), Place { _permit: permit }, self.peer.clone(), self.tls.clone()))
+        Some(Seat {
+            requests: self.requests.clone(),
+            place: Place { _permit: permit },
+            peer: self.peer.clone(),
+            tls: self.tls.clone(),
+            alert: Arc::clone(&self.alert),
+        })
     }
 }
 
 /// Makes one tunnel: TCP from the source's address, TLS as the source, HTTP/2.
-async fn dial(key: &PoolKey, credentials: &Credentials, reach: &impl Reach) -> Result<Tunnel, Attempt> {
-    let stream = reach.reach().await.map_err(|error| Attempt::Again(error.to_string()))?;
+async fn dial(key: &PoolKey, credentials: &Credentials, reach: &impl Reach) -> Result<Tunnel, Unopened> {
+    let stream = reach.reach().await.map_err(|error| Unopened::Again(error.to_string()))?;
     keep_alive(&stream);
     let config = credentials.client(Arc::clone(&key.allowed));
     // No name is sent and none is compared; the verifier asks for one of the allowed identities.
@@ -559,15 +572,17 @@ async fn dial(key: &PoolKey, credentials: &Credentials, reach: &impl Reach) -> R
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             return Err(match HandshakeFailed::new(error) {
-                HandshakeFailed::Broken(error) => Attempt::Again(format!("the handshake broke: {error}")),
-                failed => Attempt::Failed(OpenFailed::Handshake(failed)),
+                HandshakeFailed::Broken(error) => Unopened::Again(format!("the handshake broke: {error}")),
+                failed @ (HandshakeFailed::Refused(_)
+                | HandshakeFailed::TimedOut
+                | HandshakeFailed::Tls(_)) => Unopened::Failed(OpenFailed::Handshake(failed)),
             });
         }
-        Err(_) => return Err(Attempt::Again("the handshake was not finished in time".to_owned())),
+        Err(_) => return Err(Unopened::Again("the handshake was not finished in time".to_owned())),
     };
     let session = stream.get_ref().1;
     let peer = peer_of(session.peer_certificates())
-        .map_err(|refused| Attempt::Failed(OpenFailed::Handshake(refused.into())))?;
+        .map_err(|refused| Unopened::Failed(OpenFailed::Handshake(refused.into())))?;
     let tls = negotiated(session);
     let peer_ends = UNIX_EPOCH + Duration::from_secs(peer.not_after);
     tunnel(stream, credentials.generation(), credentials.not_after().min(peer_ends), peer, tls).await
@@ -580,7 +595,7 @@ async fn tunnel<I>(
     not_after: SystemTime,
     peer: Peer,
     tls: Tls,
-) -> Result<Tunnel, Attempt>
+) -> Result<Tunnel, Unopened>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -592,12 +607,14 @@ where
         .max_send_buffer_size(SEND_BUFFER_BYTES)
         .max_header_list_size(HEAD_BYTES_MAX)
         .enable_push(false);
+    let alert = Alert::default();
+    let stream = Listening { stream, alert: Arc::clone(&alert) };
     let handshake = timeout(Duration::from_secs(HANDSHAKE_SECONDS), builder.handshake(stream));
     let (requests, connection) = match handshake.await {
         Ok(Ok(parts)) => parts,
-        Ok(Err(error)) if error.is_io() => return Err(Attempt::Again(error.to_string())),
-        Ok(Err(error)) => return Err(Attempt::Failed(OpenFailed::Protocol(error.to_string()))),
-        Err(_) => return Err(Attempt::Again("HTTP/2 did not begin in time".to_owned())),
+        Ok(Err(error)) if error.is_io() => return Err(lost(&alert, error.to_string())),
+        Ok(Err(error)) => return Err(Unopened::Failed(OpenFailed::Protocol(error.to_string()))),
+        Err(_) => return Err(Unopened::Again("HTTP/2 did not begin in time".to_owned())),
     };
     let broken = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&broken);
@@ -608,50 +625,104 @@ where
         flag.store(true, Ordering::Release);
     });
     let places = Arc::new(Semaphore::new(STREAMS_PER_TUNNEL_MAX));
-    Ok(Tunnel { requests, places, broken, used: Instant::now(), generation, not_after, peer, tls })
+    Ok(Tunnel { requests, places, broken, used: Instant::now(), generation, not_after, peer, tls, alert })
 }
 
 /// Asks for `target` on a tunnel.
-async fn connect(
-    requests: SendRequest<Bytes>,
-    place: Place,
-    peer: Peer,
-    tls: Tls,
-    target: SocketAddr,
-) -> Attempt {
-    let mut requests = match requests.ready().await {
-        Ok(requests) => requests,
-        Err(error) => return Attempt::Again(error.to_string()),
-    };
+async fn connect(seat: Seat, target: SocketAddr) -> Result<Opened, Unopened> {
+    let Seat { requests, place, peer, tls, alert } = seat;
+    let again = |error: h2::Error| lost(&alert, error.to_string());
+    let mut requests = requests.ready().await.map_err(again)?;
     let mut request = Request::new(());
     *request.method_mut() = Method::CONNECT;
     *request.version_mut() = http::Version::HTTP_2;
-    *request.uri_mut() = match authority(target).parse::<Uri>() {
-        Ok(uri) => uri,
-        Err(error) => return Attempt::Failed(OpenFailed::Protocol(error.to_string())),
-    };
-    let (answer, send) = match requests.send_request(request, false) {
-        Ok(parts) => parts,
-        Err(error) => return Attempt::Again(error.to_string()),
-    };
-    match timeout(Duration::from_secs(ANSWER_SECONDS), answer).await {
-        Ok(Ok(answer)) if answer.status() == StatusCode::OK => {
+    *request.uri_mut() = authority(target)
+        .parse::<Uri>()
+        .map_err(|error| Unopened::Failed(OpenFailed::Protocol(error.to_string())))?;
+    let (answer, send) = requests.send_request(request, false).map_err(again)?;
+    let answer = timeout(Duration::from_secs(ANSWER_SECONDS), answer).await.map_err(|_| {
+        Unopened::Failed(OpenFailed::Dead(format!("no answer to CONNECT within {ANSWER_SECONDS} s")))
+    })?;
+    match answer {
+        Ok(answer) if answer.status() == StatusCode::OK => {
             let stream = Stream::new(send, answer.into_body(), Some(place));
-            Attempt::Opened(Opened { stream, peer, tls })
+            Ok(Opened { stream, peer, tls })
         }
-        Ok(Ok(answer)) => Attempt::Failed(OpenFailed::Answered(answer.status())),
-        // No byte of the application was sent, so another tunnel may be tried.
-        Ok(Err(error))
-            if error.is_io()
-                || error.is_go_away()
-                || error.reason() == Some(StreamReason::REFUSED_STREAM) =>
+        Ok(answer) => Err(Unopened::Failed(OpenFailed::Answered(answer.status()))),
+        Err(error) if error.is_io() || error.is_go_away() || is_refused(&error) => Err(again(error)),
+        Err(error) => Err(Unopened::Failed(OpenFailed::Protocol(error.to_string()))),
+    }
+}
+
+fn is_refused(error: &h2::Error) -> bool {
+    error.reason() == Some(StreamReason::REFUSED_STREAM)
+}
+
+/// A tunnel that broke before its first stream. In TLS 1.3 the server judges the client after the client believes the
+/// handshake done, so its refusal arrives here, as an alert: repeating it would not help.
+fn lost(alert: &Alert, problem: String) -> Unopened {
+    match alert.get() {
+        Some(alert) => {
+            let refused = format!("the peer's daemon refused this side: {alert}");
+            Unopened::Failed(OpenFailed::Handshake(HandshakeFailed::Tls(refused)))
+        }
+        None => Unopened::Again(problem),
+    }
+}
+
+/// The fatal alert that the peer sent, if it did.
+type Alert = Arc<OnceLock<String>>;
+
+/// A TLS session whose alerts are remembered: HTTP/2 keeps only the words of an error, not its kind.
+struct Listening<I> {
+    stream: I,
+    alert: Alert,
+}
+
+impl<I: AsyncRead + Unpin> AsyncRead for Listening<I> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let read = ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
+        if let Err(error) = &read
+            && let Some(rustls::Error::AlertReceived(alert)) =
+                error.get_ref().and_then(|inner| inner.downcast_ref())
         {
-            Attempt::Again(error.to_string())
+            self.alert.get_or_init(|| format!("{alert:?}"));
         }
-        Ok(Err(error)) => Attempt::Failed(OpenFailed::Protocol(error.to_string())),
-        Err(_) => {
-            Attempt::Failed(OpenFailed::Dead(format!("no answer to CONNECT within {ANSWER_SECONDS} s")))
-        }
+        Poll::Ready(read)
+    }
+}
+
+impl<I: AsyncWrite + Unpin> AsyncWrite for Listening<I> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
 
