@@ -15,3 +15,5 @@ pub mod config;
 pub mod control;
 
 pub mod datapath;
+
+pub mod admin;

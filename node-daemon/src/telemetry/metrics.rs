@@ -116,16 +116,18 @@ impl Metrics {
         Ok(text)
     }
 
-    /// Takes over what the kernel counted since its maps were made.
-    pub fn set_kernel_drops(&self, reason: DropReason, total: u64) {
-        let labels = ReasonLabels { reason: reason.label() };
-        self.kernel_drops.get_or_create(&labels).inner().store(total, Ordering::Relaxed);
-    }
-
-    /// As [`Metrics::set_kernel_drops`], for what the kernel let go on.
-    pub fn set_kernel_verdicts(&self, verdict: KernelVerdict, total: u64) {
-        let labels = VerdictLabels { verdict: verdict.label() };
-        self.kernel_verdicts.get_or_create(&labels).inner().store(total, Ordering::Relaxed);
+    /// Takes over what the kernel counted since its maps were made, by the labels of [`DropReason`] and
+    /// [`KernelVerdict`].
+    pub fn set_kernel_counters(&self, counters: &[(&'static str, u64)]) {
+        for (label, total) in counters.iter().copied() {
+            if DropReason::ALL.iter().any(|reason| reason.label() == label) {
+                let labels = ReasonLabels { reason: label };
+                self.kernel_drops.get_or_create(&labels).inner().store(total, Ordering::Relaxed);
+            } else if KernelVerdict::ALL.iter().any(|verdict| verdict.label() == label) {
+                let labels = VerdictLabels { verdict: label };
+                self.kernel_verdicts.get_or_create(&labels).inner().store(total, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Counts one event; the name of the limit that it met, if it met one.

@@ -1,0 +1,63 @@
+//! What operators and machines may look at: readiness, metrics, status. Reads views, changes nothing.
+//!
+//! [`serve`] answers HTTP/1.1 on a socket, bounded; [`ready`] on `readyListen`, [`metrics`] on `metricsListen`, [`dump`] on
+//! the admin socket; [`status`] is what it answers; [`client`] asks for it.
+
+pub mod client;
+pub mod dump;
+pub mod metrics;
+pub mod ready;
+pub mod serve;
+pub mod status;
+
+use std::{sync::Arc, time::SystemTime};
+
+use node_core::{snapshot::Snapshot, workload::ObjectName};
+use serde_json::Value;
+use tokio::sync::watch;
+
+use crate::{certs::CertificateView, control::DocumentsView, datapath::ConnectionView, telemetry::Sink};
+
+/// A look at something, now.
+pub type View<T> = Arc<dyn Fn() -> T + Send + Sync>;
+
+/// Whether a local workload is under capture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnrolmentView {
+    pub workload: ObjectName,
+    /// `None`: under capture. Else why not.
+    pub problem: Option<String>,
+}
+
+/// The part of its life in which a daemon is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Running,
+    /// A successor owns the kernel's half, or the end was asked for; what stands goes on for a while.
+    Draining,
+}
+
+/// The node's own certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeCertificateView {
+    pub name: String,
+    pub not_after: SystemTime,
+}
+
+/// What can be looked at, wired by the composition root.
+#[derive(Clone)]
+pub struct Views {
+    pub node: String,
+    /// The effective configuration.
+    pub configuration: Value,
+    pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    pub documents: watch::Receiver<DocumentsView>,
+    pub stage: watch::Receiver<Stage>,
+    pub enrolments: View<Vec<EnrolmentView>>,
+    pub certificates: View<Vec<CertificateView>>,
+    pub node_certificate: View<Option<NodeCertificateView>>,
+    pub connections: View<Vec<ConnectionView>>,
+    /// Counters of the kernel's half, by label.
+    pub kernel: View<Vec<(&'static str, u64)>>,
+    pub events: Sink,
+}
