@@ -42,7 +42,12 @@ impl Cases {
 
     /// Fails if a case did.
     pub(crate) fn end(self) {
-        say(&format!("  {}: {} cases in {:.1} s", self.module, self.ran, self.started.elapsed().as_secs_f64()));
+        say(&format!(
+            "  {}: {} cases in {:.1} s",
+            self.module,
+            self.ran,
+            self.started.elapsed().as_secs_f64()
+        ));
         assert!(
             self.failed.is_empty(),
             "{} of {} cases failed:\n{}",
@@ -58,6 +63,7 @@ pub(crate) fn say(text: &str) {
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let text =
+        panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     text.unwrap_or("a panic without words").chars().take(3000).collect()
 }

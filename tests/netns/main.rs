@@ -3,6 +3,13 @@
 //! Root is needed. Run them with `cargo xtask test`, which builds the programs first and uses one thread. Every case
 //! that a threat or a rule of the policy asks for cites it.
 
+mod capture;
 mod cases;
+mod host;
+mod hostile;
+mod identity;
 mod photo;
 mod plain;
+mod policies;
+mod policy;
+mod restart;

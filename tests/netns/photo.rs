@@ -21,8 +21,7 @@ pub(crate) const BULK: u16 = 9001;
 pub(crate) const GREET: u16 = 9002;
 pub(crate) const FAREWELL: u16 = 9003;
 pub(crate) const HTTP: u16 = 9004;
-pub(crate) const SINK: u16 = 9005;
-pub(crate) const HOLD: u16 = 9006;
+pub(crate) const HOLD: u16 = 9005;
 
 /// Nobody listens here.
 pub(crate) const CLOSED: u16 = 9099;
@@ -73,7 +72,6 @@ spec:
 pub(crate) struct Photo {
     pub(crate) a: Arc<Node>,
     pub(crate) b: Arc<Node>,
-    pub(crate) c: Arc<Node>,
     pub(crate) frontend: Arc<Pod>,
     pub(crate) backend: Arc<Pod>,
     pub(crate) datastore: Arc<Pod>,
@@ -88,10 +86,8 @@ pub(crate) struct Photo {
 #[derive(Debug)]
 pub(crate) struct Listeners {
     pub(crate) echo: Listener,
-    pub(crate) greet: Listener,
     pub(crate) farewell: Listener,
     pub(crate) http: Listener,
-    pub(crate) hold: Listener,
 }
 
 impl Photo {
@@ -127,17 +123,16 @@ impl Photo {
         outside.serve(ECHO, Mode::Echo);
         let listeners = Listeners {
             echo: datastore.serve(ECHO, Mode::Echo),
-            greet: datastore.serve(GREET, Mode::Greet),
             farewell: datastore.serve(FAREWELL, Mode::Farewell),
             http: datastore.serve_http(HTTP, "datastore"),
-            hold: datastore.serve(HOLD, Mode::Hold),
         };
-        datastore.serve(BULK, Mode::Bulk);
-        datastore.serve(SINK, Mode::Sink);
+        for (port, mode) in [(BULK, Mode::Bulk), (GREET, Mode::Greet), (HOLD, Mode::Hold)] {
+            datastore.serve(port, mode);
+        }
         for loopback in ["127.0.0.1:9100", "[::1]:9100"] {
             datastore.listen(Listen::at(loopback.parse().expect("an address"), Mode::Greet));
         }
-        Self { a, b, c, frontend, backend, datastore, stranger, outside, listeners, world }
+        Self { a, b, frontend, backend, datastore, stranger, outside, listeners, world }
     }
 
     /// The datastore's service.
@@ -159,6 +154,12 @@ impl Photo {
     #[track_caller]
     pub(crate) fn withdraw(&self, file: &str) {
         self.change(|| self.world.documents().remove(file));
+    }
+
+    /// Removes a document from all nodes without waiting for anything.
+    #[track_caller]
+    pub(crate) fn withdraw_quietly(&self, file: &str) {
+        self.world.documents().remove(file);
     }
 
     #[track_caller]

@@ -53,7 +53,9 @@ impl Watch<'_> {
     pub fn lines(&self, fields: &[(&str, &str)]) -> Vec<Value> {
         let all = self.node.log().since(self.position);
         all.into_iter()
-            .filter(|line| is(line, "target", "access") && fields.iter().all(|(path, text)| is(line, path, text)))
+            .filter(|line| {
+                is(line, "target", "access") && fields.iter().all(|(path, text)| is(line, path, text))
+            })
             .collect()
     }
 

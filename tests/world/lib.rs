@@ -30,7 +30,7 @@ pub mod wire;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use anyhow::Result;
@@ -66,6 +66,7 @@ pub struct World {
     ca: Ca,
     nodes: Mutex<Vec<Arc<Node>>>,
     pods: Mutex<Vec<Arc<Pod>>>,
+    pods_made: AtomicU8,
 }
 
 impl World {
@@ -102,6 +103,7 @@ link set br0 up")?;
             ca,
             nodes: Mutex::default(),
             pods: Mutex::default(),
+            pods_made: AtomicU8::new(0),
         })
     }
 
@@ -168,7 +170,8 @@ route add default via fd00:9::1",
     }
 
     fn try_pod(&self, node: &Arc<Node>, plan: Plan) -> Result<Arc<Pod>> {
-        let index = u8::try_from(locked(&self.pods).len() + 2)?;
+        // From 2 on: 1 is the gateway.
+        let index = self.pods_made.fetch_add(1, Ordering::Relaxed) + 2;
         let (v4, v6) = pod_addresses(node.number(), index);
         let namespace = Namespace::create(&format!("{}-{}", self.prefix, plan.name))?;
         connect_pod(node, &namespace, index, v4, v6)?;

@@ -46,20 +46,30 @@ impl Namespace {
         &self.path
     }
 
-    /// Runs lines of `ip` commands inside.
+    /// Runs lines of `ip` commands inside. All of them, or one that begins with an option such as `-6`.
     ///
     /// # Errors
     /// With what `ip` said about the first line that failed.
     pub fn ip(&self, lines: &str) -> Result<String> {
-        let mut child = Command::new("nsenter")
-            .arg(format!("--net={}", self.path.display()))
-            .args(["ip", "-batch", "-"])
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.path.display())).arg("ip");
+        let alone = lines.starts_with('-');
+        if alone {
+            command.args(lines.split(' '));
+        } else {
+            command.args(["-batch", "-"]);
+        }
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .context("running nsenter (package util-linux)")?;
-        child.stdin.take().expect("it is piped").write_all(lines.as_bytes())?;
+        let mut stdin = child.stdin.take().expect("it is piped");
+        if !alone {
+            stdin.write_all(lines.as_bytes())?;
+        }
+        drop(stdin);
         let done = child.wait_with_output()?;
         ensure!(
             done.status.success(),

@@ -233,6 +233,15 @@ impl Node {
         locked(&self.daemons).last_mut().is_some_and(Process::runs)
     }
 
+    /// Resident memory of the daemon; 0 while none runs.
+    pub fn resident_bytes(&self) -> u64 {
+        let Some(pid) = locked(&self.daemons).last().map(Process::pid) else { return 0 };
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+        kib.unwrap_or_default() * 1024
+    }
+
     /// SIGKILL.
     pub fn kill(&self) {
         if let Some(daemon) = locked(&self.daemons).last_mut() {

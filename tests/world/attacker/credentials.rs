@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PublicKeyData, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -72,11 +72,13 @@ impl Authority {
     pub fn of_mesh(state: &Path) -> Result<Self> {
         let files = files(state)?;
         let keys: Vec<KeyPair> = files.iter().filter_map(|file| private_key(file)).collect();
-        let certificates: Vec<CertificateDer<'static>> = files.iter().flat_map(|file| certificates(file)).collect();
+        let certificates: Vec<CertificateDer<'static>> =
+            files.iter().flat_map(|file| certificates(file)).collect();
         let issuing = certificates.iter().find_map(|der| {
             let (_, certificate) = X509Certificate::from_der(der).ok()?;
             let intermediate = certificate.subject() != certificate.issuer() && certificate.is_ca();
-            let key = keys.iter().position(|key| key.subject_public_key_info() == certificate.public_key().raw)?;
+            let key =
+                keys.iter().position(|key| key.subject_public_key_info() == certificate.public_key().raw)?;
             intermediate.then(|| (der.clone(), key, subject(&certificate)))
         });
         let Some((der, key, subject)) = issuing else {
@@ -84,7 +86,8 @@ impl Authority {
         };
         let mut params = authority_params("");
         params.distinguished_name = subject;
-        let key = KeyPair::try_from(&PrivateKeyDer::from(PrivatePkcs8KeyDer::from(keys[key].serialize_der())))?;
+        let key =
+            KeyPair::try_from(&PrivateKeyDer::from(PrivatePkcs8KeyDer::from(keys[key].serialize_der())))?;
         Ok(Self { issuer: Issuer::new(params, key), chain: vec![der] })
     }
 
@@ -101,7 +104,8 @@ impl Authority {
         let dns = leaf.dns.iter().map(|name| SanType::DnsName(name.as_str().try_into().expect("ASCII")));
         params.subject_alt_names = uris.chain(dns).collect();
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         params.not_before = OffsetDateTime::now_utc() + leaf.valid.start;
         params.not_after = OffsetDateTime::now_utc() + leaf.valid.end;
         let certificate = params.signed_by(&key, &self.issuer).expect("the parameters are sound");
