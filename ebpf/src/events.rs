@@ -134,14 +134,12 @@ fn tuple_of(context: &SockOpsContext) -> Tuple {
     }
 }
 
-/// A v4-mapped socket has its addresses in the IPv4 fields, too, and there earlier.
+/// A v4-mapped socket has its addresses in the IPv4 fields, too, and there earlier. All fields are read before any branch:
+/// two branches that each end in a load are folded into one load through a computed pointer.
 #[inline(always)]
 fn addresses_of(raw: *mut bpf_sock_ops) -> [Address; 2] {
-    if field!(raw, family) != AF_INET {
-        let target = address6!(raw, remote_ip6);
-        if !verdict::is_v4_mapped(&target) {
-            return [address6!(raw, local_ip6), target];
-        }
-    }
-    [v4(field!(raw, local_ip4)), v4(field!(raw, remote_ip4))]
+    let v4_pair = [v4(field!(raw, local_ip4)), v4(field!(raw, remote_ip4))];
+    let v6_pair = [address6!(raw, local_ip6), address6!(raw, remote_ip6)];
+    let is_v4 = field!(raw, family) == AF_INET || verdict::is_v4_mapped(&v6_pair[1]);
+    if is_v4 { v4_pair } else { v6_pair }
 }

@@ -65,11 +65,11 @@ struct Arrival {
 impl Arrival {
     #[inline(always)]
     fn read(raw: *mut bpf_sk_lookup) -> Self {
-        let (source, target) = if field!(raw, family) == AF_INET {
-            (v4(field!(raw, remote_ip4)), v4(field!(raw, local_ip4)))
-        } else {
-            (address6!(raw, remote_ip6), address6!(raw, local_ip6))
-        };
+        // All fields of both families, read before any branch: two branches that each end in a load are folded into one
+        // load through a computed pointer.
+        let v4_pair = [v4(field!(raw, remote_ip4)), v4(field!(raw, local_ip4))];
+        let v6_pair = [address6!(raw, remote_ip6), address6!(raw, local_ip6)];
+        let [source, target] = if field!(raw, family) == AF_INET { v4_pair } else { v6_pair };
         Self {
             protocol: field!(raw, protocol),
             interface: field!(raw, ingress_ifindex),

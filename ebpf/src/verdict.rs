@@ -130,8 +130,11 @@ pub fn steer_in_host(arrival: &impl Arriving) -> Steer {
     if !arrival.is_inbound_port(port) {
         return Steer::Pass;
     }
-    // The daemon's sockets are bound to `lo`; a tuple that arrives from elsewhere is somebody else's.
-    if arrival.interface() == LOOPBACK_IFINDEX && arrival.is_delivery() {
+    // For a client elsewhere the daemon's socket is bound to `lo`: the same tuple from a real interface is the client's own
+    // and no delivery. A local client's address leads back by its own interface, and there the daemon's socket itself keeps
+    // every other local process from the tuple.
+    let is_local = arrival.interface() == LOOPBACK_IFINDEX || arrival.is_own(&arrival.source());
+    if is_local && arrival.is_delivery() {
         return Steer::Pass;
     }
     Steer::To(SocketSlot::Inbound)
@@ -467,8 +470,10 @@ mod tests {
     }
 
     #[test]
-    fn the_daemons_delivery_on_a_host_is_left_alone_only_as_announced_and_on_lo() {
+    fn the_daemons_delivery_on_a_host_is_left_alone_only_as_announced_and_if_it_is_local() {
         host(Syn { delivery: true, interface: LOOPBACK_IFINDEX, ..SYN }, PASS);
+        host(Syn { delivery: true, source: "10.8.1.4", ..SYN }, PASS);
+        host(Syn { delivery: true, source: "fd00:8:1::4", target: "fd00:8:1::4", ..SYN }, PASS);
         host(Syn { delivery: true, ..SYN }, INBOUND);
         host(Syn { interface: LOOPBACK_IFINDEX, ..SYN }, INBOUND);
     }

@@ -254,12 +254,13 @@ impl Kernel {
         self.check_owner()?;
         let addresses: BTreeSet<IpAddr> = addresses.iter().copied().collect();
         let workload = self.workloads.get_mut(&number).ok_or(KernelError::Unknown(number))?;
-        if workload.cgroup == 0 {
+        let is_pod = workload.cgroup == 0;
+        if is_pod {
             Steering::open(&workload.folder)?.set_addresses(&addresses)?;
         }
+        workload.addresses = addresses.clone();
         self.shared.set_own_addresses(number, &addresses)?;
-        workload.addresses = addresses;
-        Ok(())
+        if is_pod { Ok(()) } else { self.write_host() }
     }
 
     /// Changes the ports at which connections to a pod are left alone.
@@ -287,7 +288,7 @@ impl Kernel {
             });
         }
         workload.ports = ports.iter().copied().collect();
-        self.write_host_ports()
+        self.write_host()
     }
 
     /// Stops capturing the workload's connects; those that arrive are still steered. Routes and rules go after this, then
@@ -319,7 +320,7 @@ impl Kernel {
             return Ok(());
         }
         if self.workloads.values().any(|other| other.cgroup != 0) {
-            return self.write_host_ports();
+            return self.write_host();
         }
         pins::remove(&self.pins.host(), &mut Report::default())
     }
@@ -454,7 +455,7 @@ impl Kernel {
         };
         self.shared.set_own_addresses(number, &workload.addresses)?;
         self.workloads.insert(number, workload);
-        self.write_host_ports()
+        self.write_host()
     }
 
     /// Pins the one map of its own that a host workload has.
@@ -480,8 +481,8 @@ impl Kernel {
         Ok(())
     }
 
-    /// The ports of all host workloads. While some of a predecessor are not steered yet, theirs are kept: closed.
-    fn write_host_ports(&self) -> Result<(), KernelError> {
+    /// Addresses of the host and ports of all host workloads. While some of a predecessor are not steered yet, theirs are kept: closed.
+    fn write_host(&self) -> Result<(), KernelError> {
         let hosts = || self.workloads.values().filter(|workload| workload.cgroup != 0);
         let ports: BTreeSet<u16> = hosts().flat_map(|workload| workload.ports.iter().copied()).collect();
         if !self.pins.host().join(names::MAP_STEER_PORTS).exists() {
@@ -489,6 +490,9 @@ impl Kernel {
             return Ok(());
         }
         let mut steering = Steering::open(&self.pins.host())?;
+        let addresses: BTreeSet<IpAddr> =
+            hosts().flat_map(|workload| workload.addresses.iter().copied()).collect();
+        steering.set_addresses(&addresses)?;
         if hosts().any(|workload| workload.kind.is_none()) {
             return steering.add_ports(&ports, PortAction::Inbound);
         }

@@ -115,8 +115,10 @@ impl Deliveries {
         Ok(Self(Arc::new(Mutex::new(map))))
     }
 
-    /// Announces the connection that a socket is about to make, bound to `lo` and to `source` (an exact port: announce after
-    /// `bind`, before `connect`). The answer is to be kept for the life of the connection.
+    /// Announces the connection that a socket is about to make from `source` (an exact port: announce after `bind`, before
+    /// `connect`). The socket is bound to `lo`, marked and transparent, as in a pod, except where `source` is an address of
+    /// the host itself: the answers to a local client come by its own interface, so that socket is a plain one. The answer
+    /// is to be kept for the life of the connection.
     pub fn announce(
         &self,
         workload: WorkloadNumber,

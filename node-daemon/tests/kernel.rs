@@ -1,0 +1,738 @@
+//! The kernel programs in real network namespaces: needs root, and fails with that sentence where it is not.
+//!
+//! Each test has a pod and a peer joined by a veth, and a node of its own whose programs are attached to the cgroup of this
+//! process. Applications and the daemon are threads; what only routes and the data path can show is tested in `tests/`.
+
+use std::{
+    fs,
+    io::{self, Read as _, Write as _},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsFd as _, BorrowedFd},
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
+
+use ebpf_abi::WorkloadNumber;
+use nix::sys::socket::{setsockopt, sockopt::TcpFastOpenConnect};
+use node_daemon::{
+    kernel::{EnrolTarget, Kernel, KernelConfig, KernelError, WorkloadKind, cleanup},
+    sys::{Namespace, cgroup},
+};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+
+const MARK: u32 = 0x0080_0000;
+const TABLE: &str = "1337";
+const POD4: &str = "10.77.0.1";
+const POD6: &str = "fd77::1";
+const PEER4: &str = "10.77.0.2";
+const PEER6: &str = "fd77::2";
+const PEER_MAPPED: &str = "::ffff:10.77.0.2";
+/// Nothing in these tests takes longer, but a machine under load may.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[test]
+fn connects_of_a_pod_reach_the_outbound_listener_with_their_true_addresses() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, _) = world.enrol(&mut kernel);
+    for (target, source) in [(PEER4, POD4), (PEER6, POD6), (PEER_MAPPED, POD4)] {
+        let client = world.pod.connect(target, 8080);
+        let (_served, peer, local) = daemon.outbound.accept_one();
+        assert_eq!(local, to(canonical(target), 8080), "{target}");
+        assert_eq!(peer, client.local(), "{target}");
+        assert_eq!(peer.ip().to_canonical(), canonical(source), "{target}");
+    }
+    assert_eq!(count(&kernel, "captured"), 3);
+    assert_eq!(count(&kernel, "steered_outbound"), 3);
+}
+
+#[test]
+fn connections_from_outside_reach_inbound_and_tunnel_and_exempt_ports_their_application() {
+    let (world, mut kernel) = World::with_kernel();
+    let application = world.pod.listen("::", 9100);
+    let shadowed = world.pod.listen("::", 8080);
+    let (daemon, _) = world.enrol(&mut kernel);
+    for target in [POD4, POD6] {
+        let _client = world.peer.connect(target, 8080);
+        let (_, _, local) = daemon.inbound.accept_one();
+        assert_eq!(local, to(canonical(target), 8080));
+        let _client = world.peer.connect(target, 15008);
+        let (_, _, local) = daemon.tunnel.accept_one();
+        assert_eq!(local, to(canonical(target), 15008));
+        let _client = world.peer.connect(target, 9100);
+        application.accept_one();
+    }
+    shadowed.nothing_waits();
+}
+
+#[test]
+fn loopback_and_own_addresses_are_untouched() {
+    let (world, mut kernel) = World::with_kernel();
+    let application = world.pod.listen("::", 8080);
+    let (daemon, _) = world.enrol(&mut kernel);
+    for target in ["127.0.0.1", "::1", "::ffff:127.0.0.1", POD4, POD6, "::ffff:10.77.0.1", "0.0.0.0"] {
+        let client = world.pod.connect(target, 8080);
+        let (_, peer, _) = application.accept_one();
+        assert_eq!(peer, client.local(), "{target}");
+    }
+    daemon.outbound.nothing_waits();
+    daemon.inbound.nothing_waits();
+    assert_eq!(count(&kernel, "captured"), 0);
+}
+
+// T-1: the mark is gone, the record holds.
+#[test]
+fn a_captured_connection_never_leaves_by_a_real_interface() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, _) = world.enrol(&mut kernel);
+    let wire = world.peer.listen("::", 8080);
+    for target in [PEER4, PEER6, PEER_MAPPED] {
+        let mut client = world.pod.connect(target, 8080);
+        daemon.outbound.accept_one();
+        client.0.set_mark(0).expect("root may clear a mark");
+        let before = count(&kernel, "captured_egress");
+        client.0.write_all(b"plaintext").expect("the socket is connected");
+        wait_until("a segment was dropped", || count(&kernel, "captured_egress") > before);
+    }
+    for target in [PEER4, PEER6] {
+        // Fast Open: the SYN waits for the first write, and the mark is cleared before it.
+        let client = world.pod.socket(target);
+        setsockopt(&client, TcpFastOpenConnect, &true).expect("this kernel has TCP Fast Open");
+        client.connect(&SockAddr::from(to(address(target), 8080))).expect("deferred");
+        client.set_mark(0).expect("root may clear a mark");
+        client.set_nonblocking(true).expect("a socket option");
+        let before = count(&kernel, "captured_egress");
+        let _: io::Result<usize> = (&client).write(b"plaintext");
+        wait_until("the SYN was dropped", || count(&kernel, "captured_egress") > before);
+    }
+    wire.nothing_waits();
+}
+
+#[test]
+fn a_socket_bound_to_a_device_is_captured() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, _) = world.enrol(&mut kernel);
+    for target in [PEER4, PEER6] {
+        let client = world.pod.socket(target);
+        client.bind_device(Some(b"eth0")).expect("the device is there");
+        client.connect_timeout(&SockAddr::from(to(address(target), 8080)), PATIENCE).expect("captured");
+        let (_, _, local) = daemon.outbound.accept_one();
+        assert_eq!(local, to(canonical(target), 8080));
+    }
+}
+
+#[test]
+fn a_multipath_socket_is_captured() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, _) = world.enrol(&mut kernel);
+    for target in [PEER4, PEER6] {
+        let domain = Domain::for_address(to(address(target), 0));
+        let made = world.pod.run(|| Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP)));
+        let client = made.expect("this kernel has MPTCP");
+        client.connect_timeout(&SockAddr::from(to(address(target), 8080)), PATIENCE).expect("captured");
+        daemon.outbound.accept_one();
+    }
+}
+
+// T-2
+#[test]
+fn an_exempt_socket_goes_its_own_way_and_a_marked_one_does_not() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, _) = world.enrol(&mut kernel);
+    let server = world.peer.listen("::", 15008);
+    for target in [PEER4, PEER6] {
+        let own = world.pod.socket(target);
+        kernel.exempt().mark(own.as_fd()).expect("a socket can be recorded");
+        own.connect_timeout(&SockAddr::from(to(address(target), 15008)), PATIENCE).expect("the peer listens");
+        server.accept_one();
+        daemon.outbound.nothing_waits();
+        // An application that sets the mark itself, or dials the tunnel's port, gains nothing.
+        let marked = world.pod.socket(target);
+        marked.set_mark(MARK).expect("root may set a mark");
+        marked.connect_timeout(&SockAddr::from(to(address(target), 15008)), PATIENCE).expect("captured");
+        daemon.outbound.accept_one();
+    }
+    server.nothing_waits();
+    assert_eq!(count(&kernel, "passed_exempt"), 2);
+}
+
+// T-3
+#[test]
+fn a_connect_waits_for_the_successor_of_a_dead_daemon() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, number) = world.enrol(&mut kernel);
+    drop(daemon);
+    drop(kernel);
+    thread::scope(|scope| {
+        let clients: Vec<_> = [PEER4, PEER6, PEER_MAPPED]
+            .into_iter()
+            .map(|target| scope.spawn(|| connect_when_answered(&world, target)))
+            .collect();
+        let probe = Kernel::start(&world.config()).expect("a successor starts");
+        wait_until("the connects met no listener", || count(&probe, "no_outbound_listener") >= 3);
+        wait_until("the resets were held back", || count(&probe, "reset_while_waiting") >= 2);
+        drop(probe);
+        let mut successor = Kernel::start(&world.config()).expect("a successor starts");
+        let remembered = successor.remembered();
+        assert_eq!(remembered.len(), 1);
+        assert_eq!((remembered[0].number, remembered[0].key.as_str()), (number, KEY));
+        let daemon = Listeners::open(&world.pod);
+        assert_eq!(successor.steer(&world.target(), daemon.fds()).expect("steered"), number);
+        successor.capture(number).expect("captured");
+        for client in clients {
+            client.join().expect("no panic").expect("the connect waited");
+            daemon.outbound.accept_one();
+        }
+    });
+}
+
+// T-24
+#[test]
+fn a_successor_swaps_and_its_predecessor_stops_writing() {
+    let (world, mut first) = World::with_kernel();
+    let (old, number) = world.enrol(&mut first);
+    let pins = world.pins();
+    let mut second = Kernel::start(&world.config()).expect("a successor starts");
+    assert!(!first.is_owner().expect("a map"));
+    assert!(second.is_owner().expect("a map"));
+    assert!(matches!(first.release(number), Err(KernelError::NotOwner { .. })));
+    assert!(matches!(first.steer(&world.target(), old.fds()), Err(KernelError::NotOwner { .. })));
+    let new = Listeners::open(&world.pod);
+    assert_eq!(second.steer(&world.target(), new.fds()).expect("steered"), number);
+    second.capture(number).expect("captured");
+    assert_eq!(world.pins(), pins, "swapped, not stacked");
+    let before = count(&second, "captured");
+    let _client = world.pod.connect(PEER4, 8080);
+    new.outbound.accept_one();
+    old.outbound.nothing_waits();
+    assert_eq!(count(&second, "captured"), before + 1, "one program judged it, once");
+}
+
+#[test]
+fn a_captured_socket_that_listens_afterwards_serves() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, _) = world.enrol(&mut kernel);
+    for (target, own) in [(PEER4, POD4), (PEER6, POD6)] {
+        let socket = world.pod.connect(target, 8080).0;
+        daemon.outbound.accept_one();
+        disconnect(&socket);
+        socket.bind(&SockAddr::from(to(address(own), 9100))).expect("a free port");
+        socket.listen(8).expect("a bound socket listens");
+        let _client = world.peer.connect(own, 9100);
+        Listener(socket.into()).accept_one();
+    }
+}
+
+#[test]
+fn a_captured_socket_that_dials_loopback_afterwards_reaches_it() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, _) = world.enrol(&mut kernel);
+    let application = world.pod.listen("::", 9200);
+    for (target, again) in [(PEER4, POD4), (PEER6, POD6), (PEER4, "127.0.0.1"), (PEER6, "::1")] {
+        let socket = world.pod.connect(target, 8080).0;
+        daemon.outbound.accept_one();
+        disconnect(&socket);
+        socket
+            .connect_timeout(&SockAddr::from(to(address(again), 9200)), PATIENCE)
+            .expect("nothing is left of the mark");
+        application.accept_one();
+        assert_eq!(socket.mark().expect("a socket option") & MARK, 0);
+    }
+}
+
+#[test]
+fn a_released_workload_is_left_alone_and_leaves_nothing() {
+    let (world, mut kernel) = World::with_kernel();
+    let before = world.pins();
+    let (daemon, number) = world.enrol(&mut kernel);
+    kernel.uncapture(number).expect("the owner writes");
+    world.pod.without_capture_routes();
+    kernel.release(number).expect("the owner writes");
+    assert_eq!(world.pins(), before);
+    let server = world.peer.listen("::", 8080);
+    let _client = world.pod.connect(PEER4, 8080);
+    server.accept_one();
+    daemon.outbound.nothing_waits();
+    assert!(matches!(kernel.release(number), Err(KernelError::Unknown(_))));
+    let (_, next) = world.enrol(&mut kernel);
+    assert_ne!(next, number, "a number is never given twice");
+}
+
+#[test]
+fn a_listener_of_another_namespace_is_refused() {
+    let (world, mut kernel) = World::with_kernel();
+    let foreign = Listeners::open(&world.peer);
+    let refused = kernel.steer(&world.target(), foreign.fds());
+    assert!(matches!(refused, Err(KernelError::ForeignListener { .. })), "{refused:?}");
+    assert!(kernel.remembered().is_empty());
+}
+
+#[test]
+fn two_workloads_do_not_share_a_namespace() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, _) = world.enrol(&mut kernel);
+    let target = EnrolTarget { key: "photo_other".to_owned(), ..world.target() };
+    let refused = kernel.steer(&target, daemon.fds());
+    assert!(matches!(refused, Err(KernelError::NamespaceTaken { .. })), "{refused:?}");
+}
+
+#[test]
+fn cleanup_leaves_nothing() {
+    let (world, mut kernel) = World::with_kernel();
+    let _daemon = world.enrol(&mut kernel);
+    let report = cleanup(&world.config()).expect("everything can be removed");
+    assert_eq!((report.links, report.maps), (6, 12));
+    assert!(world.pins().is_empty());
+    assert_eq!(cleanup(&world.config()).expect("nothing to remove").links, 0);
+}
+
+// T-27
+#[test]
+fn a_host_workload_is_captured_and_steered_and_local_clients_are_told_apart() {
+    let (world, mut kernel) = World::with_kernel();
+    let unit = Cgroup::make("unit");
+    let other = Cgroup::make("other");
+    let application = world.pod.listen("::", 8080);
+    let unrelated = world.pod.listen("::", 22);
+    let daemon = Listeners::open(&world.pod);
+    let target = EnrolTarget {
+        kind: WorkloadKind::Host { cgroup: unit.path.clone(), ports: vec![8080] },
+        ..world.target()
+    };
+    let number = kernel.steer(&target, daemon.fds()).expect("steered");
+    world.pod.with_capture_routes();
+    kernel.capture(number).expect("captured");
+    let origins = kernel.origins();
+
+    for dialled in [PEER4, PEER6, PEER_MAPPED] {
+        let _client = unit.dial(&world.pod, dialled, 443, None);
+        let (_, peer, local) = daemon.outbound.accept_one();
+        assert_eq!(local, to(canonical(dialled), 443));
+        assert_eq!(origins.take(peer, local).expect("a map"), Some(number), "{dialled}");
+        assert_eq!(origins.take(peer, local).expect("a map"), None, "taken once");
+    }
+    for dialled in [POD4, POD6] {
+        let _client = unit.dial(&world.pod, dialled, 8080, None);
+        let (_, peer, local) = daemon.inbound.accept_one();
+        assert_eq!(origins.take(peer, local).expect("a map"), Some(number), "its own service: known");
+        for device in [None, Some("eth0")] {
+            let _client = other.dial(&world.pod, dialled, 8080, device);
+            let (_, peer, local) = daemon.inbound.accept_one();
+            assert_eq!(origins.take(peer, local).expect("a map"), None, "{device:?}: some other process");
+        }
+        let _client = world.peer.connect(dialled, 8080);
+        let (_, peer, local) = daemon.inbound.accept_one();
+        assert_eq!(origins.take(peer, local).expect("a map"), None, "another machine");
+        let _client = world.peer.connect(dialled, 15008);
+        daemon.tunnel.accept_one();
+        let _client = world.peer.connect(dialled, 22);
+        unrelated.accept_one();
+        let _client = other.dial(&world.pod, dialled, 22, None);
+        unrelated.accept_one();
+    }
+    application.nothing_waits();
+
+    // The daemon's delivery, with the client's address, from lo; announced it arrives, and not otherwise.
+    for (client, target) in [(PEER4, POD4), (PEER6, POD6), (POD4, POD4), (POD6, POD6)] {
+        let announced = deliver(&world, &kernel, number, client, target, true);
+        let (_, peer, _) = application.accept_one();
+        assert_eq!(peer.ip().to_canonical(), canonical(client));
+        drop(announced);
+        let _unannounced = deliver(&world, &kernel, number, client, target, false);
+        daemon.inbound.accept_one();
+        application.nothing_waits();
+    }
+
+    let connects = other.dial(&world.pod, "127.0.0.1", 8080, None);
+    application.accept_one();
+    drop(connects);
+    kernel.release(number).expect("the owner writes");
+    let _client = world.peer.connect(POD4, 8080);
+    application.accept_one();
+}
+
+#[test]
+fn a_host_workload_survives_a_successor() {
+    let (world, mut kernel) = World::with_kernel();
+    let unit = Cgroup::make("unit");
+    let daemon = Listeners::open(&world.pod);
+    let target = || EnrolTarget {
+        kind: WorkloadKind::Host { cgroup: unit.path.clone(), ports: vec![8080] },
+        ..world.target()
+    };
+    let number = kernel.steer(&target(), daemon.fds()).expect("steered");
+    world.pod.with_capture_routes();
+    kernel.capture(number).expect("captured");
+    let pins = world.pins();
+    drop((kernel, daemon));
+    let mut kernel = Kernel::start(&world.config()).expect("a successor starts");
+    assert_eq!(kernel.remembered().iter().map(|known| known.number).collect::<Vec<_>>(), [number]);
+    let daemon = Listeners::open(&world.pod);
+    assert_eq!(kernel.steer(&target(), daemon.fds()).expect("steered"), number);
+    kernel.capture(number).expect("captured");
+    assert_eq!(world.pins(), pins, "swapped, not stacked");
+    let _client = unit.dial(&world.pod, PEER4, 443, None);
+    let (_, peer, local) = daemon.outbound.accept_one();
+    assert_eq!(kernel.origins().take(peer, local).expect("a map"), Some(number));
+    assert_eq!(count(&kernel, "captured"), 1);
+}
+
+/// Not a test of its own: the process that [`Cgroup::dial`] starts in another cgroup. Without its variables it has nothing to do.
+#[test]
+fn dialler() {
+    let Ok(target) = std::env::var("KERNEL_TEST_DIAL") else { return };
+    let target: SocketAddr = target.parse().expect("an address");
+    let socket =
+        Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP)).expect("a socket");
+    if let Ok(device) = std::env::var("KERNEL_TEST_DEVICE") {
+        socket.bind_device(Some(device.as_bytes())).expect("the device is there");
+    }
+    socket.connect_timeout(&target.into(), PATIENCE).expect("the connect is answered");
+    println!("connected");
+    // Until the parent is done with it.
+    let _: io::Result<usize> = io::stdin().read(&mut [0]);
+}
+
+fn deliver(
+    world: &World,
+    kernel: &Kernel,
+    number: WorkloadNumber,
+    client: &str,
+    target: &str,
+    announce: bool,
+) -> (Socket, Option<node_daemon::kernel::Announced>) {
+    let socket = world.pod.socket(target);
+    kernel.exempt().mark(socket.as_fd()).expect("a socket can be recorded");
+    if [PEER4, PEER6].contains(&client) {
+        if address(target).is_ipv4() {
+            socket.set_ip_transparent_v4(true).expect("root");
+        } else {
+            node_daemon::sys::socket::set_transparent_v6(socket.as_fd()).expect("root");
+        }
+        socket.set_mark(MARK).expect("root");
+        socket.bind_device(Some(b"lo")).expect("root");
+    }
+    socket.bind(&SockAddr::from(to(address(client), 0))).expect("transparent");
+    let source = socket.local_addr().expect("bound").as_socket().expect("an address");
+    let target = to(address(target), 8080);
+    let announced =
+        announce.then(|| kernel.deliveries().announce(number, source, target).expect("there is room"));
+    socket.connect_timeout(&target.into(), PATIENCE).expect("delivered");
+    (socket, announced)
+}
+
+fn connect_when_answered(world: &World, target: &str) -> io::Result<Socket> {
+    let socket = world.pod.socket(target);
+    socket.connect_timeout(&SockAddr::from(to(address(target), 8080)), PATIENCE)?;
+    Ok(socket)
+}
+
+const KEY: &str = "photo_photo-backend-0.v1";
+static WORLDS: AtomicU32 = AtomicU32::new(0);
+
+struct World {
+    name: String,
+    pod: Place,
+    peer: Place,
+}
+
+impl World {
+    fn with_kernel() -> (Self, Kernel) {
+        assert!(nix::unistd::geteuid().is_root(), "the tests in node-daemon/tests/kernel.rs need root");
+        let name = format!("kt{}-{}", process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
+        let world =
+            Self { pod: Place::make(&format!("{name}p")), peer: Place::make(&format!("{name}q")), name };
+        let (pod, peer) = (&world.pod.name, &world.peer.name);
+        ip(&format!("link add eth0 netns {pod} type veth peer name eth0 netns {peer}"));
+        for (place, addresses) in [(pod, [POD4, POD6]), (peer, [PEER4, PEER6])] {
+            ip(&format!("-n {place} address add {}/24 dev eth0", addresses[0]));
+            ip(&format!("-n {place} address add {}/64 dev eth0 nodad", addresses[1]));
+            ip(&format!("-n {place} link set eth0 up"));
+        }
+        let kernel = Kernel::start(&world.config()).expect("the programs load and attach");
+        (world, kernel)
+    }
+
+    fn config(&self) -> KernelConfig {
+        let mount = cgroup::mount_point().expect("a cgroup2 tree");
+        KernelConfig {
+            node: format!("{}.test", self.name),
+            bpffs: PathBuf::from("/sys/fs/bpf"),
+            cgroup: cgroup::own_folder(&mount).expect("this process has a cgroup"),
+            mark: MARK,
+        }
+    }
+
+    fn target(&self) -> EnrolTarget<'_> {
+        EnrolTarget {
+            key: KEY.to_owned(),
+            netns: self.pod.namespace.as_fd(),
+            cookie: self.pod.namespace.cookie(),
+            addresses: [POD4, POD6].map(address).to_vec(),
+            exempt_ports: vec![9100],
+            kind: WorkloadKind::Pod,
+        }
+    }
+
+    fn enrol(&self, kernel: &mut Kernel) -> (Listeners, WorkloadNumber) {
+        let listeners = Listeners::open(&self.pod);
+        let number = kernel.steer(&self.target(), listeners.fds()).expect("steered");
+        self.pod.with_capture_routes();
+        kernel.capture(number).expect("captured");
+        (listeners, number)
+    }
+
+    /// Everything that is pinned for this node.
+    fn pins(&self) -> Vec<PathBuf> {
+        fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() { walk(&path, found) } else { found.push(path) }
+            }
+        }
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/sys/fs/bpf/culvert").into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(&format!("{}-test~", self.name)) {
+                walk(&entry.path(), &mut found);
+            }
+        }
+        found.sort();
+        found
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Err(error) = cleanup(&self.config()) {
+            eprintln!("{}: {error}", self.name);
+        }
+    }
+}
+
+struct Place {
+    name: String,
+    namespace: Namespace,
+}
+
+impl Place {
+    fn make(name: &str) -> Self {
+        ip(&format!("netns add {name}"));
+        ip(&format!("-n {name} link set lo up"));
+        let namespace = Namespace::open(Path::new(&format!("/run/netns/{name}"))).expect("just made");
+        Self { name: name.to_owned(), namespace }
+    }
+
+    fn run<T>(&self, what: impl FnOnce() -> T) -> T {
+        self.namespace.visit(what).expect("root may enter")
+    }
+
+    /// What enrolment adds between [`Kernel::steer`] and [`Kernel::capture`].
+    fn with_capture_routes(&self) {
+        for (family, source) in [("-4", POD4), ("-6", POD6)] {
+            let place = &self.name;
+            ip(&format!("{family} -n {place} rule add pref 100 fwmark {MARK}/{MARK} lookup {TABLE}"));
+            ip(&format!("{family} -n {place} route add local default dev lo src {source} table {TABLE}"));
+            ip(&format!(
+                "{family} -n {place} route add local default dev eth0 src {source} metric 2000 table {TABLE}"
+            ));
+        }
+        self.run(|| {
+            for file in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
+                fs::write(format!("/proc/sys/net/{file}"), "1").expect("a sysctl of this namespace");
+            }
+        });
+    }
+
+    fn without_capture_routes(&self) {
+        for family in ["-4", "-6"] {
+            ip(&format!("{family} -n {} rule delete pref 100", self.name));
+            ip(&format!("{family} -n {} route flush table {TABLE}", self.name));
+        }
+    }
+
+    fn socket(&self, target: &str) -> Socket {
+        let domain = Domain::for_address(to(address(target), 0));
+        self.run(|| Socket::new(domain, Type::STREAM, Some(Protocol::TCP))).expect("a socket")
+    }
+
+    fn connect(&self, target: &str, port: u16) -> Client {
+        let socket = self.socket(target);
+        let target = to(address(target), port);
+        socket.connect_timeout(&target.into(), PATIENCE).unwrap_or_else(|error| panic!("{target}: {error}"));
+        Client(socket)
+    }
+
+    fn listen(&self, at: &str, port: u16) -> Listener {
+        let socket = self.socket(at);
+        socket.set_reuse_address(true).expect("a socket option");
+        socket.bind(&SockAddr::from(to(address(at), port))).expect("a free port");
+        socket.listen(64).expect("a bound socket listens");
+        Listener(socket.into())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _: io::Result<process::ExitStatus> =
+            Command::new("ip").args(["netns", "delete", &self.name]).status();
+    }
+}
+
+struct Client(Socket);
+
+impl Client {
+    fn local(&self) -> SocketAddr {
+        let local = self.0.local_addr().expect("connected").as_socket().expect("an address");
+        to(local.ip().to_canonical(), local.port())
+    }
+}
+
+struct Listener(TcpListener);
+
+impl Listener {
+    /// The connection that waits, who opened it, and the address that it was opened to.
+    fn accept_one(&self) -> (TcpStream, SocketAddr, SocketAddr) {
+        let socket = Socket::from(self.0.try_clone().expect("a descriptor"));
+        socket.set_read_timeout(Some(PATIENCE)).expect("a socket option");
+        let (stream, peer) = self.0.accept().expect("a connection waits");
+        let local = stream.local_addr().expect("connected");
+        (stream, to(peer.ip().to_canonical(), peer.port()), to(local.ip().to_canonical(), local.port()))
+    }
+
+    #[track_caller]
+    fn nothing_waits(&self) {
+        self.0.set_nonblocking(true).expect("a socket option");
+        let accepted = self.0.accept();
+        self.0.set_nonblocking(false).expect("a socket option");
+        assert_eq!(accepted.err().map(|error| error.kind()), Some(io::ErrorKind::WouldBlock));
+    }
+}
+
+struct Listeners {
+    outbound: Listener,
+    inbound: Listener,
+    tunnel: Listener,
+}
+
+impl Listeners {
+    fn open(place: &Place) -> Self {
+        let open = || {
+            let socket = place.socket("::");
+            socket.set_only_v6(false).expect("a socket option");
+            node_daemon::sys::socket::set_transparent_v6(socket.as_fd()).expect("root");
+            socket.bind(&SockAddr::from(to(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0))).expect("any port");
+            socket.listen(64).expect("a bound socket listens");
+            Listener(socket.into())
+        };
+        Self { outbound: open(), inbound: open(), tunnel: open() }
+    }
+
+    fn fds(&self) -> [BorrowedFd<'_>; 3] {
+        [self.outbound.0.as_fd(), self.inbound.0.as_fd(), self.tunnel.0.as_fd()]
+    }
+}
+
+/// A cgroup of its own, and processes in it.
+struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    fn make(name: &str) -> Self {
+        let mount = cgroup::mount_point().expect("a cgroup2 tree");
+        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+        let path = mount.join(format!("kt{}-{number}-{name}", process::id()));
+        fs::create_dir(&path).expect("root may make a cgroup");
+        Self { path }
+    }
+
+    /// A process in this cgroup and in a namespace that has connected and stays connected.
+    fn dial(&self, place: &Place, target: &str, port: u16, device: Option<&str>) -> Dialled {
+        let mut command = Command::new("sh");
+        command
+            .arg("-c")
+            .arg("echo $$ > \"$1/cgroup.procs\" && exec nsenter --net=\"$2\" \"$3\" --exact dialler --nocapture")
+            .arg("sh")
+            .arg(&self.path)
+            .arg(format!("/run/netns/{}", place.name))
+            .arg(std::env::current_exe().expect("this program"))
+            .env("KERNEL_TEST_DIAL", to(address(target), port).to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        if let Some(device) = device {
+            command.env("KERNEL_TEST_DEVICE", device);
+        }
+        let mut child = command.spawn().expect("sh is there");
+        let mut told = Vec::new();
+        let mut stdout = child.stdout.take().expect("piped");
+        while !told.windows(9).any(|window| window == b"connected") {
+            let mut byte = [0];
+            let read = stdout.read(&mut byte).expect("a pipe");
+            assert_ne!(read, 0, "{target}:{port}: {}", String::from_utf8_lossy(&told));
+            told.extend(byte);
+        }
+        Dialled { child, _stdout: stdout }
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir(&self.path) {
+            eprintln!("{}: {error}", self.path.display());
+        }
+    }
+}
+
+struct Dialled {
+    child: Child,
+    _stdout: process::ChildStdout,
+}
+
+impl Drop for Dialled {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _: io::Result<process::ExitStatus> = self.child.wait();
+    }
+}
+
+fn ip(arguments: &str) {
+    let output = Command::new("ip").args(arguments.split(' ')).output().expect("iproute2 is installed");
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn address(text: &str) -> IpAddr {
+    text.parse().expect("a test's address")
+}
+
+fn canonical(text: &str) -> IpAddr {
+    address(text).to_canonical()
+}
+
+fn to(address: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(address, port)
+}
+
+fn count(kernel: &Kernel, label: &str) -> u64 {
+    let counters = kernel.counters().expect("a map");
+    counters.iter().find(|(name, _)| *name == label).expect("a label").1
+}
+
+/// Kernel counters have no event to wait for; they are looked at until they say so.
+#[track_caller]
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(std::time::Instant::now() < deadline, "waited for: {what}");
+        thread::yield_now();
+    }
+}
+
+/// `connect(AF_UNSPEC)`: the socket may be used again.
+fn disconnect(socket: &Socket) {
+    let nobody = SockAddrStorage::zeroed();
+    // SAFETY: a zeroed storage is an address of family AF_UNSPEC (0), and 16 bytes of it are initialised.
+    let nobody = unsafe { SockAddr::new(nobody, 16) };
+    socket.connect(&nobody).expect("a connected socket can be disconnected");
+}
