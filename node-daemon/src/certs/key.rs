@@ -67,11 +67,10 @@ impl PrivateKey {
         Ok(certified)
     }
 
-    /// The key's own public half, raw, to tell keys apart.
+    /// For authorities of tests, who certify its public half.
     #[cfg(test)]
-    pub(super) fn public(&self) -> Vec<u8> {
-        use rcgen::PublicKeyData as _;
-        self.0.der_bytes().to_vec()
+    pub(super) fn pair(&self) -> &KeyPair {
+        &self.0
     }
 }
 

@@ -11,6 +11,11 @@ mod rotate;
 mod store;
 pub mod verify;
 
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},

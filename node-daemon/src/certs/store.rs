@@ -175,7 +175,7 @@ fn at(seconds: i64) -> SystemTime {
 }
 
 /// Presents one certificate whatever the other end says that it likes; refused by it, not by guessing.
-struct Presented(Arc<CertifiedKey>);
+pub(super) struct Presented(pub(super) Arc<CertifiedKey>);
 
 impl fmt::Debug for Presented {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -204,7 +204,7 @@ impl ResolvesClientCert for Presented {
 }
 
 /// No resumption: a resumed session would skip the verification of the client (DESIGN 3.3.4).
-fn server(certified: &Arc<Presented>, trust: &SharedTrust, alpn: &[&[u8]]) -> ServerConfig {
+pub(super) fn server(certified: &Arc<Presented>, trust: &SharedTrust, alpn: &[&[u8]]) -> ServerConfig {
     let verifier = Arc::new(WorkloadClient { trust: Arc::clone(trust) });
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
@@ -217,7 +217,7 @@ fn server(certified: &Arc<Presented>, trust: &SharedTrust, alpn: &[&[u8]]) -> Se
     config
 }
 
-fn client(certified: &Arc<Presented>, trust: &SharedTrust) -> ClientConfig {
+pub(super) fn client(certified: &Arc<Presented>, trust: &SharedTrust) -> ClientConfig {
     let nobody = WorkloadServer { trust: Arc::clone(trust), allowed: Arc::default() };
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])

@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use node_core::{
     attest::{Attested, attest},
     snapshot::Snapshot,
-    workload::{TransportMode, Workload},
+    workload::{ObjectName, TransportMode, Workload},
 };
 use rustls::server::{Accepted, Acceptor};
 use tokio::{
@@ -31,23 +31,24 @@ const TLS_HANDSHAKE: u8 = 22;
 /// record holds 16 KiB. Longer ones are no ClientHello.
 const HELLO_BYTES_MAX: usize = 20 * 1024;
 
-/// The workload that opened an outbound connection.
+/// Which workload the kernel says has opened an outbound connection. To be asked once: on a host the answer is used up.
+pub(super) fn opener(site: &Site, client: SocketAddr, target: SocketAddr) -> Result<ObjectName, Ending> {
+    if !site.is_host() {
+        return Ok(site.name().clone());
+    }
+    site.ground()
+        .origin(client, target)
+        .map_err(|error| Ending::failed(Reason::System, format!("who opened it: {error}")))?
+        .ok_or_else(|| Ending::denied(Reason::NotAttested, "no workload of this host opened the connection"))
+}
+
+/// Vouches for the workload that the kernel named.
 pub(super) fn source(
-    site: &Site,
     snapshot: &Snapshot,
+    opener: &ObjectName,
     client: SocketAddr,
-    target: SocketAddr,
 ) -> Result<Attested, Ending> {
-    let name = if site.is_host() {
-        let nobody = || Ending::denied(Reason::NotAttested, "no workload of this host opened the connection");
-        site.ground()
-            .origin(client, target)
-            .map_err(|error| Ending::failed(Reason::System, format!("who opened it: {error}")))?
-            .ok_or_else(nobody)?
-    } else {
-        site.name().clone()
-    };
-    attest(snapshot, &name, client.ip())
+    attest(snapshot, opener, client.ip())
         .map_err(|not_attested| Ending::denied(Reason::NotAttested, not_attested))
 }
 

@@ -95,11 +95,12 @@ async fn resolve(
     seed: u64,
 ) -> Result<(Arc<Snapshot>, Attested, Route), Ending> {
     let deadline = Instant::now() + shared.holds.unknown_address;
+    let opener = identify::opener(site, client, target)?;
     let mut snapshots = shared.snapshots.clone();
     loop {
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
         refuse_loop(site, &snapshot, target, own_port)?;
-        let source = identify::source(site, &snapshot, client, target)?;
+        let source = identify::source(&snapshot, &opener, client)?;
         let route = snapshot.route(source.workload(), target, seed);
         let wait =
             route == Route::Unknown && matches!(timeout_at(deadline, snapshots.changed()).await, Ok(Ok(())));
