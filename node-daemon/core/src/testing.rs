@@ -13,10 +13,15 @@ use crate::{
 
 pub(crate) const FILE: &str = "mesh.yaml";
 
+/// One document, read as the daemon reads it: a bare `ON` is a word, as in YAML 1.2.
+pub(crate) fn yaml(text: &str) -> Value {
+    let options = serde_saphyr::options! { strict_booleans: true };
+    serde_saphyr::from_str_with_options(text, options).expect("the test's YAML is valid")
+}
+
 /// The documents of a text, separated by lines of `---`.
-pub(crate) fn documents(yaml: &str) -> Vec<Value> {
-    let parse = |text: &str| serde_saphyr::from_str(text).expect("the test's YAML is valid");
-    yaml.split("\n---\n").filter(|text| !text.trim().is_empty()).map(parse).collect()
+pub(crate) fn documents(text: &str) -> Vec<Value> {
+    text.split("\n---\n").filter(|text| !text.trim().is_empty()).map(yaml).collect()
 }
 
 /// One document whose head is good.

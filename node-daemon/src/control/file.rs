@@ -87,6 +87,8 @@ pub enum Change {
 /// What is no YAML, with line and column.
 pub fn parse(text: &str) -> Result<Vec<Value>, String> {
     let options = serde_saphyr::options! {
+        // As in YAML 1.2: `mode: ON` is a word, not true (policy B-1).
+        strict_booleans: true,
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: ALIASED_NODES_MAX },
     };
     serde_saphyr::from_multiple_with_options(text, options)

@@ -161,14 +161,18 @@ pub fn object(value: Value, source: Source) -> Result<Object, InvalidObject> {
         ));
     }
     let api_version = head.text(&mut top, "apiVersion", "group and version, such as culvert.io/v1alpha1")?;
-    let mut metadata = match top.remove("metadata") {
+    let metadata = top.remove("metadata");
+    if !is_understood(&api_version, &head.kind) {
+        return Ok(foreign(api_version, head, metadata.unwrap_or(Value::Null)));
+    }
+    let mut metadata = match metadata {
         Some(Value::Object(map)) => map,
         other => {
             let found = other.unwrap_or(Value::Null);
             return Err(head.refuse("metadata", &found, "a map with a name", "add metadata: {name: ...}"));
         }
     };
-    let name = head.name(&mut metadata, &api_version)?;
+    let name = head.name(&mut metadata)?;
     head.name = Some(name.clone());
     let labels = head.texts(&mut metadata, "labels")?;
     let annotations = head.texts(&mut metadata, "annotations")?;
@@ -188,6 +192,23 @@ pub fn object(value: Value, source: Source) -> Result<Object, InvalidObject> {
         extra: top.into_iter().collect(),
         source,
     })
+}
+
+/// An object that is no business of the mesh: only its name is wanted, for the message that it is ignored.
+fn foreign(api_version: String, head: Head, metadata: Value) -> Object {
+    let text = |key: &str| metadata.get(key).and_then(Value::as_str).unwrap_or_default();
+    Object {
+        api_version,
+        kind: head.kind,
+        name: ObjectName::new(text("namespace"), text("name")),
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+        created: None,
+        spec: Value::Null,
+        metadata_extra: BTreeMap::new(),
+        extra: BTreeMap::new(),
+        source: head.source,
+    }
 }
 
 /// What is known of a document while its head is read.
@@ -220,14 +241,9 @@ impl Head {
         }
     }
 
-    fn name(
-        &self,
-        metadata: &mut Map<String, Value>,
-        api_version: &str,
-    ) -> Result<ObjectName, InvalidObject> {
-        let strict = is_understood(api_version, &self.kind);
+    fn name(&self, metadata: &mut Map<String, Value>) -> Result<ObjectName, InvalidObject> {
         let name = match metadata.remove("name") {
-            Some(Value::String(name)) if !strict || is_subdomain(&name) => name,
+            Some(Value::String(name)) if is_subdomain(&name) => name,
             other => {
                 return Err(self.refuse(
                     "metadata.name",
@@ -239,7 +255,7 @@ impl Head {
         };
         let namespace = match metadata.remove("namespace") {
             None | Some(Value::Null) => None,
-            Some(Value::String(namespace)) if !strict || is_label(&namespace) => Some(namespace),
+            Some(Value::String(namespace)) if is_label(&namespace) => Some(namespace),
             Some(other) => {
                 return Err(self.refuse(
                     "metadata.namespace",
@@ -249,10 +265,12 @@ impl Head {
                 ));
             }
         };
-        match (is_cluster_scoped(&self.kind), namespace) {
-            (false, namespace) => Ok(ObjectName::new(namespace.as_deref().unwrap_or("default"), &name)),
-            (true, None) => Ok(ObjectName::new("", &name)),
-            (true, Some(namespace)) => Err(self.refuse(
+        match (Scope::of(&self.kind), namespace) {
+            (Scope::Namespaced, namespace) => {
+                Ok(ObjectName::new(namespace.as_deref().unwrap_or("default"), &name))
+            }
+            (Scope::Mesh, None) | (Scope::MeshAsKubectl, _) => Ok(ObjectName::new("", &name)),
+            (Scope::Mesh, Some(namespace)) => Err(self.refuse(
                 "metadata.namespace",
                 &Value::from(namespace),
                 "no namespace, because this kind belongs to the whole mesh",
@@ -326,8 +344,22 @@ fn is_understood(api_version: &str, kind: &str) -> bool {
     Kind::of(api_version, kind).is_some() || PolicyObjects::handles(api_version, kind)
 }
 
-fn is_cluster_scoped(kind: &str) -> bool {
-    matches!(kind, "Namespace" | "Mesh" | "MeshPolicy" | "ClusterRbacConfig")
+/// Where the objects of a kind live.
+enum Scope {
+    Namespaced,
+    Mesh,
+    /// A namespace is allowed and means nothing, as kubectl has it: files of 2018 sometimes name one.
+    MeshAsKubectl,
+}
+
+impl Scope {
+    fn of(kind: &str) -> Self {
+        match kind {
+            "Namespace" | "Mesh" => Self::Mesh,
+            "MeshPolicy" | "ClusterRbacConfig" => Self::MeshAsKubectl,
+            _ => Self::Namespaced,
+        }
+    }
 }
 
 /// RFC 1123 subdomain.

@@ -110,17 +110,40 @@ fn names_are_exactly_as_long_as_kubernetes_allows() {
 }
 
 #[test]
-fn unknown_kinds_have_a_readable_head_whatever_their_names() {
-    let object = readable(
-        "apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRole\nmetadata: {name: 'system:node'}",
-    );
-    assert_eq!(&*object.name.name, "system:node");
+fn unknown_kinds_pass_whatever_their_head() {
+    for (yaml, title) in [
+        (
+            "apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRole\nmetadata: {name: 'system:node'}",
+            "ClusterRole system:node",
+        ),
+        (
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a, namespace: b, labels: {on: true}}",
+            "ConfigMap b/a",
+        ),
+        ("apiVersion: v1\nkind: Pod\nmetadata: {generateName: a-}", "Pod "),
+        ("apiVersion: v1\nkind: Status", "Status "),
+        ("apiVersion: other.io/v1\nkind: Mesh\nmetadata: {name: a, namespace: b}", "Mesh b/a"),
+    ] {
+        assert_eq!(readable(yaml).title(), title);
+    }
+}
+
+#[test]
+fn a_namespace_on_a_mesh_wide_policy_means_nothing() {
+    for (version, kind) in
+        [("authentication.istio.io/v1alpha1", "MeshPolicy"), ("rbac.istio.io/v1alpha1", "ClusterRbacConfig")]
+    {
+        let yaml = format!(
+            "apiVersion: {version}\nkind: {kind}\nmetadata: {{name: default, namespace: istio-system}}"
+        );
+        assert_eq!(readable(&yaml).name, ObjectName::new("", "default"));
+    }
 }
 
 #[test]
 fn null_inside_a_spec_stays() {
     //
-    let yaml = "apiVersion: x/v1\nkind: Policy\nmetadata: {name: default}\nspec:\n  peers:\n  - mtls:\n";
+    let yaml = "apiVersion: authentication.istio.io/v1alpha1\nkind: Policy\nmetadata: {name: default}\nspec:\n  peers:\n  - mtls:\n";
     let object = readable(yaml);
     assert_eq!(object.spec, serde_json::json!({"peers": [{"mtls": null}]}));
 }
