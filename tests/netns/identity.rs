@@ -1,5 +1,6 @@
 //! Who may not come, and who may not pose: each refusal with what the refused one sees, the line and the counter.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use ca_proto::refusal::{Reason, Refusal};
@@ -8,6 +9,7 @@ use world::attacker::authority::Client;
 use world::attacker::credentials::{Authority, Credentials, Leaf, signing_request, signing_request_pem};
 use world::attacker::impostor::Impostor;
 use world::attacker::tunnel::{Attempt, Outcome};
+use world::expect::{LINE_TIME_MAX, is};
 use world::pod::{FAMILIES, Family, Plan};
 use world::protocol::{Connect, Listen, Mode};
 
@@ -34,6 +36,17 @@ fn identity() {
     cases.case("a stranger's headers say nothing about a source (T-9)", || forwarded(&photo, &mesh));
     cases.case("two replicas of one account share no tunnel (T-9)", || replicas(&photo));
     cases.case("a workload's certificate does not pose as the CA (T-10)", || false_authority(&photo, &mesh));
+    cases.case("a daemon does not join a CA that its token does not pin", || false_pin(&photo));
+    cases.end();
+}
+
+/// Needs no daemon.
+#[test]
+fn authority() {
+    let photo = Photo::prepare(&[]);
+    photo.world.start_ca();
+    let mesh = Authority::of_mesh(&photo.world.ca().state()).expect("the CA keeps its keys in its state");
+    let mut cases = Cases::of("authority");
     issuing(&photo, &mesh, &mut cases);
     joining(&photo, &mut cases);
     cases.end();
@@ -157,9 +170,8 @@ fn forwarded(photo: &Photo, mesh: &Authority) {
 
 fn replicas(photo: &Photo) {
     let replica = photo.world.pod(&photo.a, Plan::new("photo", "photo-frontend-1").account("photo-frontend"));
-    photo.a.log().wait_from(0, "photo-frontend-1 is enrolled", world::expect::LINE_TIME_MAX, |line| {
-        world::expect::is(line, "message", "workload enrolled")
-            && line.to_string().contains("photo-frontend-1")
+    photo.a.log().wait_from(0, "photo-frontend-1 is enrolled", LINE_TIME_MAX, |line| {
+        is(line, "message", "workload enrolled") && line.to_string().contains("photo-frontend-1")
     });
     let capture = photo.world.capture(&photo.a, NEEDLE);
     for client in [&photo.frontend, &replica] {
@@ -241,8 +253,8 @@ fn false_authority(photo: &Photo, mesh: &Authority) {
         photo.a.terminate();
         photo.a.set(|settings| settings.ca = at);
         photo.a.launch();
-        photo.a.log().wait_from(0, "the authority is refused", world::expect::LINE_TIME_MAX, |line| {
-            world::expect::is(line, "message", "authority failed")
+        photo.a.log().wait_from(0, "the authority is refused", LINE_TIME_MAX, |line| {
+            is(line, "message", "authority failed")
         });
         assert!(impostor.dialled() > 0, "the impostor was there to be believed");
         assert_eq!(impostor.requests(), 0, "nothing was asked of {name}");
@@ -333,8 +345,13 @@ fn issuing(photo: &Photo, mesh: &Authority, cases: &mut Cases) {
     ];
     for (what, credentials, identity, csr, expected) in table {
         cases.case(&format!("the CA issues nothing for {what}"), || {
+            let told = Told::until_now(photo);
             let answer = client(credentials).create(identity, csr);
             expected.check(answer.map(|issued| issued.cert_chain.len()));
+            match expected {
+                Expected::Told(reason) => told.expect(photo, reason),
+                Expected::Refused => told.expect_any(photo),
+            }
         });
     }
     cases.case("the CA issues for an identity that runs on the node", || {
@@ -362,6 +379,43 @@ impl Expected {
             }
             Self::Refused => assert_ne!(status.code(), Code::DeadlineExceeded, "a refusal, not silence"),
         }
+    }
+}
+
+/// What the authority has said and counted until now.
+struct Told {
+    said: usize,
+    refusals: BTreeMap<String, u64>,
+}
+
+impl Told {
+    fn until_now(photo: &Photo) -> Self {
+        let ca = photo.world.ca();
+        Self { said: ca.log().position(), refusals: ca.refusals() }
+    }
+
+    /// One refusal with this reason since: a line and a count.
+    #[track_caller]
+    fn expect(&self, photo: &Photo, reason: Reason) {
+        let ca = photo.world.ca();
+        ca.log().wait_from(self.said, reason.code(), LINE_TIME_MAX, |line| {
+            let line = line.to_string();
+            line.contains("request refused") && line.contains(reason.code())
+        });
+        let label = format!("reason=\"{reason}\"");
+        let count = |counters: &BTreeMap<String, u64>| -> u64 {
+            counters.iter().filter(|(name, _)| name.contains(&label)).map(|(_, count)| count).sum()
+        };
+        let now = ca.refusals();
+        assert_eq!(count(&now), count(&self.refusals) + 1, "{label}: {now:?}");
+    }
+
+    /// Some refusal since: a count.
+    #[track_caller]
+    fn expect_any(&self, photo: &Photo) {
+        let total = |counters: &BTreeMap<String, u64>| counters.values().sum::<u64>();
+        let now = photo.world.ca().refusals();
+        assert!(total(&now) > total(&self.refusals), "nothing was counted: {now:?}");
     }
 }
 
@@ -404,11 +458,16 @@ fn joining(photo: &Photo, cases: &mut Cases) {
         let joined = client.join(&token, name, first.clone()).expect("a fresh token joins");
         let again = client.join(&token, name, first).expect("a crash burns nothing");
         assert_eq!(joined, again, "the same answer");
+        let told = Told::until_now(photo);
         client.join(&token, name, csr()).expect_err("a used token joins nobody else");
+        told.expect(photo, Reason::TokenUsed);
     });
     cases.case("a token joins no other node", || {
         let other = "spiffe://cluster.local/culvert/node/node-a";
-        client.join(&secret("1h"), other, csr()).expect_err("it was made for node-e");
+        let token = secret("1h");
+        let told = Told::until_now(photo);
+        client.join(&token, other, csr()).expect_err("it was made for node-e");
+        told.expect(photo, Reason::TokenNode);
     });
     cases.case("an expired token joins nobody", || {
         let token = secret("1s");
@@ -418,27 +477,34 @@ fn joining(photo: &Photo, cases: &mut Cases) {
         while client.join(&token, name, first.clone()).is_ok() {
             assert!(started.elapsed().as_secs() < 20, "a token of one second is good for longer");
         }
+        let told = Told::until_now(photo);
+        client.join(&token, name, first).expect_err("it stays so");
+        told.expect(photo, Reason::TokenExpired);
     });
     cases.case("a token of another CA joins nobody", || {
-        client.join(&[7; 32], name, csr()).expect_err("nobody minted it");
+        let told = Told::until_now(photo);
+        let status = client.join(&[7; 32], name, csr()).expect_err("nobody minted it");
+        told.expect(photo, Reason::Stranger);
+        assert_eq!(Refusal::from_status(&status), None, "a stranger is not told why");
         client.join(&[7; 5], name, csr()).expect_err("nor this");
     });
-    cases.case("a daemon does not join a CA that its token does not pin", || {
-        let stranger = Authority::stranger().issue(&Leaf::of(&["spiffe://cluster.local/culvert/ca"]));
-        let at: SocketAddr = "10.9.0.1:15212".parse().expect("an address");
-        let impostor = Impostor::start(photo.world.wire(), at, &stranger);
-        let node = photo.world.node("node-e");
-        photo.world.give_token(&node);
-        node.set(|settings| settings.ca = at);
-        node.launch();
-        node.log().wait_from(0, "the authority is refused", world::expect::LINE_TIME_MAX, |line| {
-            world::expect::is(line, "message", "authority failed")
-        });
-        assert!(impostor.dialled() > 0, "the impostor was there to be believed");
-        assert_eq!(impostor.requests(), 0, "the token was not shown to it");
-        assert_eq!(node.readiness(), Some(503));
-        node.kill();
+}
+
+fn false_pin(photo: &Photo) {
+    let stranger = Authority::stranger().issue(&Leaf::of(&["spiffe://cluster.local/culvert/ca"]));
+    let at: SocketAddr = "10.9.0.1:15212".parse().expect("an address");
+    let impostor = Impostor::start(photo.world.wire(), at, &stranger);
+    let node = photo.world.node("node-e");
+    photo.world.give_token(&node);
+    node.set(|settings| settings.ca = at);
+    node.launch();
+    node.log().wait_from(0, "the authority is refused", LINE_TIME_MAX, |line| {
+        is(line, "message", "authority failed")
     });
+    assert!(impostor.dialled() > 0, "the impostor was there to be believed");
+    assert_eq!(impostor.requests(), 0, "the token was not shown to it");
+    assert_eq!(node.readiness(), Some(503));
+    node.kill();
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The certificate authority, which runs in the wire's namespace.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::cgroup::Cgroup;
 use crate::documents::Documents;
@@ -82,6 +84,8 @@ impl Ca {
         let config = self.write_config().expect("the world's folders are writable");
         let mut command = wire.command(&self.cgroup, &binary("culvert-ca"));
         command.arg("serve").arg("--config").arg(config).arg("--root").arg(&self.root);
+        // Its lines are for people; colours would stand between the words that are sought.
+        command.env("NO_COLOR", "1");
         let mut process = Process::start("culvert-ca", &mut command).expect("a shell can be started");
         let deadline = Instant::now() + START_TIME_MAX;
         while wire.run(|| TcpStream::connect(self.address)).is_err() {
@@ -128,6 +132,27 @@ impl Ca {
             "culvert-ca token create prints one line, not {token:?}"
         );
         Ok(token)
+    }
+
+    /// How often it refused something: requests, by reason, and handshakes.
+    ///
+    /// # Panics
+    /// If its status cannot be asked.
+    #[track_caller]
+    pub fn refusals(&self) -> BTreeMap<String, u64> {
+        let done = Command::new(binary("culvert-ca"))
+            .args(["status", "--socket"])
+            .arg(self.root.join("run/culvert/ca.sock"))
+            .output()
+            .expect("culvert-ca can be started");
+        assert!(done.status.success(), "culvert-ca status: {}", String::from_utf8_lossy(&done.stderr));
+        let status: Value = serde_json::from_slice(&done.stdout).expect("culvert-ca status is JSON");
+        let counters = status["counters"].as_object().expect("counters are in the status");
+        counters
+            .iter()
+            .filter(|(name, _)| name.starts_with("refused") || name.starts_with("handshakes_failed"))
+            .map(|(name, count)| (name.clone(), count.as_u64().unwrap_or_default()))
+            .collect()
     }
 
     fn write_config(&self) -> Result<PathBuf> {
