@@ -229,8 +229,8 @@ fn read(object: &Object, warnings: &mut Warnings) -> Result<Body, Fault> {
     match object.kind.as_str() {
         "Policy" => authn_v1alpha1::policy(object, warnings).map(Body::Policy),
         "MeshPolicy" => authn_v1alpha1::mesh_policy(object, warnings).map(Body::MeshPolicy),
-        "RbacConfig" => rbac_v1alpha1::switch(object).map(Body::RbacConfig),
-        "ClusterRbacConfig" => rbac_v1alpha1::switch(object).map(Body::ClusterRbacConfig),
+        "RbacConfig" => rbac_v1alpha1::switch(object, warnings).map(Body::RbacConfig),
+        "ClusterRbacConfig" => rbac_v1alpha1::switch(object, warnings).map(Body::ClusterRbacConfig),
         "ServiceRole" => rbac_v1alpha1::role(object, warnings).map(Body::ServiceRole),
         "ServiceRoleBinding" => rbac_v1alpha1::binding(object, warnings).map(Body::ServiceRoleBinding),
         "PeerAuthentication" => {
@@ -251,7 +251,7 @@ fn targets_reach(object: &Object) -> Reach {
     let targets = Fields::spec(object)
         .and_then(|mut fields| authn_v1alpha1::targets(&mut fields, &mut Warnings::default()));
     match targets {
-        Ok(targets) if targets.is_empty() && !has_stray_key(object, "target") => Reach::Scope,
+        Ok(targets) if targets.is_empty() && !has_unknown_key(object) => Reach::Scope,
         Ok(targets) if !targets.is_empty() && &*object.name.name != DEFAULT_NAME => Reach::Targets(targets),
         Ok(_) | Err(_) => Reach::Unreadable,
     }
@@ -261,32 +261,48 @@ fn selector_reach(object: &Object) -> Reach {
     let selector = Fields::spec(object)
         .and_then(|mut fields| security_v1::selector(&mut fields, &mut Warnings::default()));
     match selector {
-        Ok(selector) if selector.is_empty() && !has_stray_key(object, "select") => Reach::Scope,
+        Ok(selector) if selector.is_empty() && !has_unknown_key(object) => Reach::Scope,
         Ok(selector) if !selector.is_empty() => Reach::Selected(selector),
         Ok(_) | Err(_) => Reach::Unreadable,
     }
 }
 
-/// Whether a key looks like another spelling of the one that says what is targeted.
-fn has_stray_key(object: &Object, stem: &str) -> bool {
-    let is_stray = |key: &String| {
-        let lower = key.to_ascii_lowercase();
-        lower.contains(stem) && !matches!(key.as_str(), "targets" | "selector")
-    };
-    !object.extra.is_empty() || object.spec.as_object().is_some_and(|map| map.keys().any(is_stray))
+/// Whether a key is not among those of its kind: it may be the misspelled one that says what is targeted, or that the
+/// object denies.
+fn has_unknown_key(object: &Object) -> bool {
+    const KEYS: [&str; 16] = [
+        "action",
+        "mtls",
+        "originIsOptional",
+        "origin_is_optional",
+        "origins",
+        "peerIsOptional",
+        "peer_is_optional",
+        "peers",
+        "portLevelMtls",
+        "port_level_mtls",
+        "principalBinding",
+        "principal_binding",
+        "provider",
+        "rules",
+        "selector",
+        "targets",
+    ];
+    let is_unknown = |key: &String| !KEYS.contains(&key.as_str());
+    !object.extra.is_empty() || object.spec.as_object().is_some_and(|map| map.keys().any(is_unknown))
 }
 
 /// What a refused `AuthorizationPolicy` targets, and whether it could only have granted.
 fn authorization_reach(object: &Object) -> (Reach, bool) {
     let action = Fields::spec(object).and_then(|mut fields| security_v1::action(&mut fields));
-    let has_stray_action = has_stray_key(object, "action") && object.spec.get("action").is_none();
     if security_v1::is_dry_run(object, &mut Warnings::default()) || action == Ok(Action::Audit) {
         return (Reach::Nobody, false);
     }
     if targets_only_gateways(object) {
         return (Reach::Nobody, false);
     }
-    let only_grants = action == Ok(Action::Allow) && !has_stray_action;
+    let is_said = object.spec.get("action").is_some();
+    let only_grants = action == Ok(Action::Allow) && (is_said || !has_unknown_key(object));
     (selector_reach(object), only_grants)
 }
 

@@ -139,21 +139,13 @@ pub(super) struct Subject {
 }
 
 /// Reads `RbacConfig` and `ClusterRbacConfig`.
-pub(super) fn switch(object: &Object) -> Result<Switch, Fault> {
+pub(super) fn switch(object: &Object, warnings: &mut Warnings) -> Result<Switch, Fault> {
     if &*object.name.name != DEFAULT_NAME {
         let name = Value::from(&*object.name.name);
         return Err(Fault::new("metadata.name", &name, "the name default", "rename the object to default"));
     }
     let mut fields = Fields::spec(object)?;
-    let mode = fields.one_of(
-        "mode",
-        &[
-            ("OFF", Mode::Off),
-            ("ON", Mode::On),
-            ("ON_WITH_INCLUSION", Mode::OnWithInclusion),
-            ("ON_WITH_EXCLUSION", Mode::OnWithExclusion),
-        ],
-    )?;
+    let mode = mode(&mut fields, warnings)?;
     let (inclusion, exclusion) = (listed(&mut fields, "inclusion")?, listed(&mut fields, "exclusion")?);
     let is_permissive = fields.one_of("enforcementMode", &[("ENFORCED", false), ("PERMISSIVE", true)])?;
     let missing = |field: &str| {
@@ -167,6 +159,24 @@ pub(super) fn switch(object: &Object) -> Result<Switch, Fault> {
         Mode::Off | Mode::On => Listed::default(),
     };
     Ok(Switch { mode, listed, is_permissive })
+}
+
+/// A bare ON or OFF reaches us as a boolean where the YAML reader follows version 1.1, as that of Kubernetes does.
+fn mode(fields: &mut Fields<'_>, warnings: &mut Warnings) -> Result<Mode, Fault> {
+    if let Some(Item { path, value: Value::Bool(is_on) }) = fields.take("mode")? {
+        let (mode, name) = if *is_on { (Mode::On, "ON") } else { (Mode::Off, "OFF") };
+        warnings.say(&path, format!("{is_on} is read as {name}: put the name in quotes"));
+        return Ok(mode);
+    }
+    fields.one_of(
+        "mode",
+        &[
+            ("OFF", Mode::Off),
+            ("ON", Mode::On),
+            ("ON_WITH_INCLUSION", Mode::OnWithInclusion),
+            ("ON_WITH_EXCLUSION", Mode::OnWithExclusion),
+        ],
+    )
 }
 
 fn listed(fields: &mut Fields<'_>, name: &'static str) -> Result<Option<Listed>, Fault> {
@@ -210,6 +220,7 @@ fn access_rule(item: &Item<'_>, warnings: &mut Warnings) -> Result<AccessRule, F
     let mut fields = Fields::open(item)?;
     let services = fields.texts("services")?;
     warn_of_stars(&services, warnings);
+    warn_of_short_services(&services, warnings);
     let mut request_fields = Vec::new();
     for name in ["paths", "notPaths", "methods", "notMethods", "hosts", "notHosts"] {
         let values = fields.texts(name)?;
@@ -558,6 +569,21 @@ pub(super) fn warn_of_scheme(item: &Item<'_>, warnings: &mut Warnings) {
     let text = item.value.as_str().unwrap_or_default();
     if text.contains("spiffe://") {
         warnings.say(&item.path, format!("{text:?} equals no identity: leave spiffe:// out"));
+    }
+}
+
+/// `services` are compared with complete names (policy B-5).
+fn warn_of_short_services(items: &[Item<'_>], warnings: &mut Warnings) {
+    for item in items {
+        let text = item.value.as_str().unwrap_or_default();
+        if !text.contains(['*', '.']) {
+            warnings.say(
+                &item.path,
+                format!(
+                    "{text:?} equals no service: write {text}.<namespace>.svc.cluster.local, or {text}.*"
+                ),
+            );
+        }
     }
 }
 

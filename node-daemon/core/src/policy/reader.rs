@@ -93,7 +93,9 @@ impl<'a> Fields<'a> {
 
     /// The value of `name`, written in lowerCamelCase or snake_case (policy A-1); null is told from absent (policy A-2).
     pub(super) fn even_null(&mut self, name: &'static str) -> Result<Option<Item<'a>>, Fault> {
-        self.known.push(name);
+        if !self.known.contains(&name) {
+            self.known.push(name);
+        }
         let snake = snake_case(name);
         let written = |key: &str| self.map.get(key);
         if snake != name && written(name).is_some() && written(&snake).is_some() {
@@ -168,11 +170,7 @@ impl<'a> Fields<'a> {
         let chosen = choices.iter().find(|(written, _)| item.value.as_str() == Some(written));
         chosen.map(|(_, choice)| *choice).ok_or_else(|| {
             let names = choices.iter().map(|(written, _)| *written).collect::<Vec<_>>().join(", ");
-            let remedy = if item.value.is_boolean() {
-                "put the name in quotes: YAML 1.1 reads a bare ON or OFF as a boolean"
-            } else {
-                "write one of these names in upper case, with plain quotes or none"
-            };
+            let remedy = "write one of these names in upper case, with plain quotes or none";
             Fault::new(&item.path, item.value, &format!("one of {names}"), remedy)
         })
     }
