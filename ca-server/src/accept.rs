@@ -125,9 +125,10 @@ impl Services {
         // Note and answer are one transaction with a sync of the disk.
         let redeemed = tokio::task::spawn_blocking(move || services.redeem(&request)).await;
         let joined = redeemed.unwrap_or_else(|error| Err(Refusal::new(Reason::NotReady, error.to_string())));
-        let Joined { leaf, issuer, issued } = joined.map_err(|refusal| match refusal.reason {
-            Reason::Stranger => Refused::stranger(refusal),
-            _ => Refused { refusal, node: Some(node.clone()), known: true },
+        let Joined { leaf, issuer, issued } = joined.map_err(|refusal| {
+            // Every other reason is given only to who showed a secret that is on record.
+            let known = refusal.reason != Reason::Stranger;
+            Refused { refusal, node: Some(node.clone()), known }
         })?;
         match &issued {
             Some(certificate) => self.telemetry.tell(&Event::Issued { call: "Join", certificate, peer }),

@@ -23,7 +23,7 @@ use crate::accept::{Bundle, REQUEST_BYTES_MAX, Rpc, Services};
 use crate::admin::{self, AdminError};
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::keys::{Authority, StateError, StateFolder};
+use crate::keys::{Authority, StateError, StateFolder, StateLock};
 use crate::ledger::{self, Ledger, LedgerError, Recorder};
 use crate::listen::{self, Connection, Serving};
 use crate::registry;
@@ -106,6 +106,8 @@ pub struct Handle {
     cancel: CancellationToken,
     server: JoinHandle<Result<(), tonic::transport::Error>>,
     rooms: Vec<JoinHandle<()>>,
+    ledger: Arc<Ledger>,
+    lock: StateLock,
 }
 
 impl Handle {
@@ -146,6 +148,8 @@ impl Handle {
             // A room that panicked said so when it did.
             let _ = room.await;
         }
+        self.ledger.close();
+        drop(self.lock);
     }
 }
 
@@ -158,7 +162,9 @@ pub async fn start(config: Config, clock: Clock) -> Result<Handle, StartError> {
     let cancel = CancellationToken::new();
     let telemetry = Arc::new(Telemetry::default());
 
-    let (authority, ledger) = open(&config, &clock)?;
+    // What was started ends with an attempt that fails.
+    let started = cancel.clone().drop_guard();
+    let (authority, ledger, lock) = open(&config, &clock)?;
     let recorder = Recorder::start(Arc::clone(&ledger)).map_err(|error| bug(&error))?;
     let (publish, bundle) = watch::channel(Arc::new(bundle(&authority, &ledger)?));
     let registry = registry::start(&config.registry, cancel.clone())
@@ -184,7 +190,7 @@ pub async fn start(config: Config, clock: Clock) -> Result<Handle, StartError> {
     let (accepted, connections) = mpsc::channel(ACCEPTED_QUEUE);
     let keeper = Keeper {
         authority: Arc::clone(&authority),
-        ledger,
+        ledger: Arc::clone(&ledger),
         serving,
         clock,
         telemetry: Arc::clone(&telemetry),
@@ -202,15 +208,25 @@ pub async fn start(config: Config, clock: Clock) -> Result<Handle, StartError> {
     ];
     let server = tokio::spawn(serve(services, connections, telemetry, cancel.clone()));
     tracing::info!(%address, trust_domain = %config.trust_domain, pin = %authority.pin(), "serving");
-    Ok(Handle { address, admin_socket: config.admin_socket, pin: authority.pin(), cancel, server, rooms })
+    started.disarm();
+    Ok(Handle {
+        address,
+        admin_socket: config.admin_socket,
+        pin: authority.pin(),
+        cancel,
+        server,
+        rooms,
+        ledger,
+        lock,
+    })
 }
 
-fn open(config: &Config, clock: &Clock) -> Result<(Arc<Authority>, Arc<Ledger>), StartError> {
-    let folder = StateFolder::open(&config.state)?;
+fn open(config: &Config, clock: &Clock) -> Result<(Arc<Authority>, Arc<Ledger>, StateLock), StartError> {
+    let (folder, lock) = StateFolder::open(&config.state)?;
     let ledger = Ledger::open(&folder.ledger_path())?;
     let authority =
         Authority::open(folder, &ledger, &config.trust_domain, config.init_new_root, clock.now())?;
-    Ok((Arc::new(authority), Arc::new(ledger)))
+    Ok((Arc::new(authority), Arc::new(ledger), lock))
 }
 
 fn bundle(authority: &Authority, ledger: &Ledger) -> Result<Bundle, LedgerError> {

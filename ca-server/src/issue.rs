@@ -100,3 +100,114 @@ pub(crate) fn random_serial() -> Result<[u8; SERIAL_BYTES], Refusal> {
 fn not_ready(what: String) -> Refusal {
     Refusal::new(Reason::NotReady, format!("the authority cannot issue at present: {what}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use ca_proto::convert::CsrDer;
+    use proptest::prelude::*;
+    use rcgen::{KeyPair, PublicKeyData as _};
+    use rustls::pki_types::UnixTime;
+    use spiffe_id::TrustDomain;
+
+    use super::*;
+    use crate::authorise;
+    use crate::keys::tests::World;
+
+    const NOW: Seconds = Seconds(1_800_000_000);
+
+    /// A key of each allowed kind, with each signature that goes with it.
+    fn keys() -> [KeyPair; 6] {
+        [
+            &rcgen::PKCS_ECDSA_P256_SHA256,
+            &rcgen::PKCS_ECDSA_P384_SHA384,
+            &rcgen::PKCS_ED25519,
+            &rcgen::PKCS_RSA_SHA256,
+            &rcgen::PKCS_RSA_SHA384,
+            &rcgen::PKCS_RSA_SHA512,
+        ]
+        .map(|kind| KeyPair::generate_for(kind).expect("a key"))
+    }
+
+    fn csr(key: &KeyPair, subject: &str) -> Vec<u8> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(rcgen::DnType::CommonName, subject);
+        params.serialize_request(key).expect("a request").der().to_vec()
+    }
+
+    fn grant(lifetime_seconds: u64) -> Grant {
+        let domain: TrustDomain = "cluster.local".parse().expect("a trust domain");
+        authorise::authority_itself(&domain, lifetime_seconds)
+    }
+
+    fn is_verified(world: &World, certificate: &Certificate, at: Seconds) -> bool {
+        let anchor = webpki::anchor_from_trusted_cert(world.authority.root()).expect("a root");
+        let leaf = webpki::EndEntityCert::try_from(&certificate.leaf).expect("decodable");
+        [webpki::KeyUsage::client_auth(), webpki::KeyUsage::server_auth()].into_iter().all(|usage| {
+            leaf.verify_for_usage(
+                webpki::ALL_VERIFICATION_ALGS,
+                std::slice::from_ref(&anchor),
+                std::slice::from_ref(&certificate.issuer),
+                UnixTime::since_unix_epoch(std::time::Duration::from_secs(at.0)),
+                usage,
+                None,
+                None,
+            )
+            .is_ok()
+        })
+    }
+
+    #[test]
+    fn whatever_request_is_accepted_gives_a_leaf_that_webpki_accepts() {
+        let (world, keys) = (World::new("property", NOW), keys());
+        proptest!(ProptestConfig::with_cases(400), |(
+            kind in 0..keys.len(),
+            subject in "[ -~]{0,20}",
+            lifetime in 1..200_000_u64,
+            mutation in proptest::option::of((any::<prop::sample::Index>(), any::<u8>())),
+            cut in proptest::option::weighted(0.1, any::<prop::sample::Index>()),
+        )| {
+            let mut der = csr(&keys[kind], &subject);
+            let whole = mutation.is_none() && cut.is_none();
+            if let Some((at, byte)) = mutation {
+                let at = at.index(der.len());
+                der[at] = byte;
+            }
+            if let Some(at) = cut {
+                der.truncate(at.index(der.len()).max(1));
+            }
+            let verified = Csr::verify(&CsrDer::from_der(der).expect("within the limit"));
+            prop_assert!(verified.is_ok() || !whole, "{verified:?}");
+            if let Ok(csr) = verified {
+                let issued = issue(&csr, grant(lifetime), &world.authority.issuing(), NOW).expect("issued");
+                prop_assert_eq!(csr.key().spki(), keys[kind].subject_public_key_info());
+                let is_verified = |at| is_verified(&world, &issued, at);
+                prop_assert!(is_verified(NOW));
+                prop_assert!(is_verified(NOW.minus(BACKDATE_SECONDS)), "clocks behind ours are served");
+                prop_assert!(is_verified(NOW.plus(lifetime)));
+                prop_assert!(!is_verified(NOW.plus(lifetime + 1)));
+            }
+        });
+    }
+
+    #[test]
+    fn no_certificate_outlives_its_issuer_and_an_expired_issuer_signs_nothing() {
+        let world = World::new("outlive", NOW);
+        let issuing = world.authority.issuing();
+        let key = KeyPair::generate().expect("a key");
+        let csr = Csr::verify(&CsrDer::from_der(csr(&key, "")).expect("a request")).expect("a good one");
+        let late = issuing.expires().minus(10);
+        let issued = issue(&csr, grant(3600), &issuing, late).expect("issued");
+        assert_eq!(issued.expires, issuing.expires());
+        let refusal = issue(&csr, grant(3600), &issuing, issuing.expires()).expect_err("refused");
+        assert_eq!(refusal.reason, Reason::NotReady);
+    }
+
+    #[test]
+    fn serials_are_positive_of_one_length_and_distinct() {
+        let serials: std::collections::BTreeSet<_> =
+            (0..100).map(|_| random_serial().expect("random")).collect();
+        assert_eq!(serials.len(), 100);
+        assert!(serials.iter().all(|serial| serial[0] & 0xc0 == 0x40));
+    }
+}

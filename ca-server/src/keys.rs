@@ -151,16 +151,21 @@ pub enum StateError {
     },
 }
 
-/// The state folder, ours alone while this lives.
+/// The state folder. Ours alone while the [`StateLock`] lives that came with it.
 #[derive(Debug)]
 pub(crate) struct StateFolder {
     path: PathBuf,
+}
+
+/// Keeps other processes out of the state folder. Dropped last, when nothing writes there any more.
+#[derive(Debug)]
+pub(crate) struct StateLock {
     _lock: File,
 }
 
 impl StateFolder {
     /// Makes the folder if need be, checks that it is private, and locks it.
-    pub(crate) fn open(path: &Path) -> Result<Self, StateError> {
+    pub(crate) fn open(path: &Path) -> Result<(Self, StateLock), StateError> {
         let failed = |action| move |source| StateError::Io { action, path: path.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make the folder"))?;
         let found = std::fs::metadata(path).map_err(failed("read the folder"))?;
@@ -176,7 +181,7 @@ impl StateFolder {
             .open(path.join(LOCK_FILE))
             .map_err(failed("open the lock"))?;
         lock.try_lock().map_err(|_| StateError::Locked { path: path.to_owned() })?;
-        Ok(Self { path: path.to_owned(), _lock: lock })
+        Ok((Self { path: path.to_owned() }, StateLock { _lock: lock }))
     }
 
     pub(crate) fn ledger_path(&self) -> PathBuf {
@@ -597,4 +602,90 @@ fn issuer_view(common_name: &str) -> CertificateParams {
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.key_identifier_method = KeyIdMethod::Sha256;
     params
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// An authority of its own folder, without a server.
+    pub(crate) struct World {
+        pub(crate) authority: Authority,
+        pub(crate) ledger: Ledger,
+        path: PathBuf,
+        _lock: StateLock,
+    }
+
+    impl World {
+        pub(crate) fn new(name: &str, now: Seconds) -> Self {
+            let path = std::env::temp_dir().join(format!("culvert-ca-unit-{name}-{}", std::process::id()));
+            let (folder, lock) = StateFolder::open(&path).expect("a folder");
+            let ledger = Ledger::open(&folder.ledger_path()).expect("a ledger");
+            let domain = "cluster.local".parse().expect("a trust domain");
+            let authority = Authority::open(folder, &ledger, &domain, false, now).expect("an authority");
+            Self { authority, ledger, path, _lock: lock }
+        }
+    }
+
+    impl Drop for World {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.path);
+        }
+    }
+
+    const NOW: Seconds = Seconds(1_800_000_000);
+
+    #[test]
+    fn the_issuing_key_is_replaced_when_a_third_of_its_life_is_left_and_its_root_stays() {
+        let world = World::new("rotate", NOW);
+        let (authority, first) = (&world.authority, world.authority.issuing());
+        let due = first.expires().minus(ISSUING_SECONDS_LEFT_MIN);
+        assert!(!authority.rotate(due).expect("looked"), "not yet");
+        assert!(authority.rotate(due.plus(1)).expect("looked"), "due");
+        let second = authority.issuing();
+        assert_ne!(first.certificate(), second.certificate());
+        assert_eq!(second.expires(), due.plus(1 + ISSUING_SECONDS));
+        let root = CaPair::read(&world.path.join(ROOT_FILE)).expect("readable").expect("there");
+        assert!(first.is_signed_by(&root) && second.is_signed_by(&root));
+        assert!(!root.is_signed_by(&second));
+        assert_eq!(authority.pin(), root.pin);
+        // The subjects of two keys differ, or verifiers would have to try both.
+        assert_ne!(first.view.distinguished_name, second.view.distinguished_name);
+    }
+
+    #[test]
+    fn a_root_that_vanishes_while_the_authority_runs_stops_the_replacement_only() {
+        let world = World::new("vanish", NOW);
+        std::fs::remove_file(world.path.join(ROOT_FILE)).expect("removed");
+        let due = world.authority.issuing().expires().minus(10);
+        let error = world.authority.rotate(due).expect_err("no root, no issuing key");
+        assert!(matches!(error, StateError::RootDamaged { .. }), "{error}");
+        assert!(world.authority.issuing().expires() > due, "the present one serves on");
+    }
+
+    #[test]
+    fn a_private_file_is_written_whole_or_not_at_all() {
+        let world = World::new("write", NOW);
+        let folder = StateFolder { path: world.path.clone() };
+        folder.write(ROOT_FILE, b"x", Replace::Never).expect_err("a root is there");
+        assert!(
+            std::fs::read_to_string(world.path.join(ROOT_FILE)).expect("readable").contains("CERTIFICATE")
+        );
+        std::fs::write(world.path.join(".file.tmp"), "left by a crash").expect("written");
+        folder.write("file", b"one", Replace::Never).expect("written");
+        folder.write("file", b"two", Replace::Old).expect("replaced");
+        assert_eq!(std::fs::read(world.path.join("file")).expect("readable"), b"two");
+        assert_eq!(std::fs::metadata(world.path.join("file")).expect("there").mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_pair_shows_no_key() {
+        let world = World::new("debug", NOW);
+        let issuing = world.authority.issuing();
+        let pem = issuing.pem();
+        let secret = pem.lines().nth(1).expect("a line of the key");
+        let key = issuing.key.0.serialize_der();
+        let shown = format!("{issuing:?} {:?}", world.authority);
+        assert!(!shown.contains(secret) && !shown.contains(&format!("{key:?}")[..40]), "{shown}");
+    }
 }

@@ -4,7 +4,7 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use ca_proto::refusal::{Reason, Refusal};
 use redb::backends::FileBackend;
@@ -73,6 +73,12 @@ pub enum LedgerError {
         /// What the data base said.
         source: Box<redb::Error>,
     },
+    /// The authority is stopping.
+    #[error("{path}: the ledger is closed, the authority stops")]
+    Closed {
+        /// The file.
+        path: PathBuf,
+    },
     /// As many tokens as are kept.
     #[error("{count} join tokens are on record, as many as are kept; wait until some expire")]
     TooManyTokens {
@@ -121,7 +127,8 @@ pub(crate) struct Counts {
 
 /// The authority's memory.
 pub(crate) struct Ledger {
-    database: Database,
+    /// `None` once it is closed.
+    database: RwLock<Option<Database>>,
     path: PathBuf,
     issued_max: u64,
     tokens_max: u64,
@@ -143,6 +150,7 @@ impl Ledger {
         let backend = FileBackend::new(file).map_err(|error| failed(error.into()))?;
         let database =
             Database::builder().create_with_backend(backend).map_err(|error| failed(error.into()))?;
+        let database = RwLock::new(Some(database));
         let ledger = Self { database, path: path.to_owned(), issued_max: ISSUED_MAX, tokens_max: TOKENS_MAX };
         // Readers may then assume that every table exists.
         ledger.write(|txn| {
@@ -283,12 +291,16 @@ impl Ledger {
         })
     }
 
+    /// Waits for the transactions under way and gives the file free, whoever still holds the ledger.
+    pub(crate) fn close(&self) {
+        *self.database.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn read<T>(
         &self,
         read: impl FnOnce(&redb::ReadTransaction) -> Result<T, redb::Error>,
     ) -> Result<T, LedgerError> {
-        let all = || read(&self.database.begin_read()?);
-        all().map_err(|source| self.failed(source))
+        self.with(|database| read(&database.begin_read()?))
     }
 
     /// One transaction; nothing of it happened if `write` fails.
@@ -296,17 +308,28 @@ impl Ledger {
         &self,
         write: impl FnOnce(&WriteTransaction) -> Result<T, redb::Error>,
     ) -> Result<T, LedgerError> {
-        let all = || {
-            let txn = self.database.begin_write()?;
+        self.with(|database| {
+            let txn = database.begin_write()?;
             let done = write(&txn)?;
             txn.commit()?;
             Ok(done)
-        };
-        all().map_err(|source| self.failed(source))
+        })
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, LedgerError> {
+        let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
+        let database = database.as_ref().ok_or_else(|| LedgerError::Closed { path: self.path.clone() })?;
+        work(database).map_err(|source| self.failed(source))
     }
 
     fn failed(&self, source: redb::Error) -> LedgerError {
         LedgerError::Database { path: self.path.clone(), source: Box::new(source) }
+    }
+}
+
+impl std::fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ledger").field("path", &self.path).finish_non_exhaustive()
     }
 }
 
@@ -412,5 +435,110 @@ fn not_recorded(what: &str) -> Refusal {
 pub(crate) fn prune(ledger: &Ledger, clock: &Clock) {
     if let Err(error) = ledger.prune(clock.now()) {
         tracing::error!(%error, "the ledger could not be pruned");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::issue::SERIAL_BYTES;
+    use crate::keys::tests::World;
+
+    const NOW: Seconds = Seconds(1_800_000_000);
+
+    fn certificate(serial: u8, expires: Seconds) -> Certificate {
+        Certificate {
+            leaf: CertificateDer::from(vec![serial]),
+            issuer: CertificateDer::from(vec![0]),
+            serial: [serial; SERIAL_BYTES],
+            key_hash: [serial; 32],
+            name: spiffe_id::PeerName::parse_uri("spiffe://td/ns/a/sa/b").expect("a name"),
+            node: None,
+            expires,
+        }
+    }
+
+    fn issued(ledger: &Ledger) -> u64 {
+        ledger.counts().expect("readable").issued
+    }
+
+    #[test]
+    fn certificates_are_forgotten_when_they_expire_and_the_next_to_expire_at_the_limit() {
+        let mut world = World::new("issued", NOW);
+        world.ledger.issued_max = 3;
+        let ledger = &world.ledger;
+        for (serial, expires) in [(1, 30), (2, 10), (3, 20)] {
+            ledger.record(&[certificate(serial, NOW.plus(expires))]).expect("recorded");
+        }
+        assert_eq!(issued(ledger), 3);
+        ledger.record(&[certificate(4, NOW.plus(40))]).expect("recorded");
+        assert_eq!(issued(ledger), 3, "the limit holds");
+        ledger.prune(NOW.plus(20)).expect("pruned");
+        assert_eq!(issued(ledger), 3, "number 2 was forgotten at the limit, 3 expires only now");
+        ledger.prune(NOW.plus(21)).expect("pruned");
+        assert_eq!(issued(ledger), 2);
+        ledger.prune(NOW.plus(99)).expect("pruned");
+        assert_eq!(issued(ledger), 0);
+    }
+
+    #[test]
+    fn tokens_have_a_limit_and_are_forgotten_an_hour_after_their_end() {
+        let mut world = World::new("tokens", NOW);
+        world.ledger.tokens_max = 2;
+        let add = |number: u8, now| world.ledger.add_token(&[number; 32], "node-a", NOW.plus(60), now);
+        add(1, NOW).expect("within the limit");
+        add(2, NOW).expect("at the limit");
+        let error = add(3, NOW).expect_err("above the limit");
+        assert!(matches!(error, LedgerError::TooManyTokens { count: 2 }), "{error}");
+        let later = NOW.plus(60 + TOKEN_MEMORY_SECONDS);
+        add(3, later.minus(1)).expect_err("still remembered");
+        add(3, later).expect("the others are forgotten");
+    }
+
+    #[test]
+    fn a_hash_that_begins_alike_is_another_token() {
+        let world = World::new("alike", NOW);
+        let mut other = [5; 32];
+        world.ledger.add_token(&other, "node-a", NOW.plus(60), NOW).expect("added");
+        other[31] = 6;
+        let seen = world.ledger.redeem(&other, |token| {
+            assert_ne!(token.expect("found by its first bytes").secret_hash, other);
+            Err(Refusal::new(Reason::Stranger, "not the same"))
+        });
+        assert_eq!(seen.expect("readable").expect_err("refused").reason, Reason::Stranger);
+    }
+
+    #[test]
+    fn a_refused_use_leaves_the_token_fresh() {
+        let world = World::new("fresh", NOW);
+        world.ledger.add_token(&[7; 32], "node-a", NOW.plus(60), NOW).expect("added");
+        let refuse = |_: Option<&TokenRecord>| Err(Refusal::new(Reason::CsrKey, "no"));
+        world.ledger.redeem(&[7; 32], refuse).expect("readable").expect_err("refused");
+        let accept = |token: Option<&TokenRecord>| {
+            assert!(token.expect("on record").used.is_none());
+            Ok(Some(certificate(1, NOW.plus(60))))
+        };
+        let joined = world.ledger.redeem(&[7; 32], accept).expect("readable").expect("granted");
+        assert!(joined.issued.is_some());
+        let repeat = |token: Option<&TokenRecord>| {
+            assert_eq!(token.and_then(|token| token.used.as_ref()).expect("used").key_hash, [1; 32]);
+            Ok(None)
+        };
+        let again = world.ledger.redeem(&[7; 32], repeat).expect("readable").expect("the same answer");
+        assert_eq!((&again.leaf, again.issued.is_some()), (&joined.leaf, false));
+    }
+
+    #[test]
+    fn the_bundle_has_a_new_version_only_if_it_is_another() {
+        let world = World::new("bundle", NOW);
+        let version = |fingerprint| world.ledger.bundle_version(fingerprint).expect("readable");
+        assert_eq!([version("a"), version("a"), version("b"), version("b"), version("a")], [1, 1, 2, 2, 3]);
+    }
+
+    #[test]
+    fn a_closed_ledger_refuses() {
+        let world = World::new("closed", NOW);
+        world.ledger.close();
+        assert!(matches!(world.ledger.counts(), Err(LedgerError::Closed { .. })));
     }
 }

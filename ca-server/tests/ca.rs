@@ -10,14 +10,15 @@ use ca_proto::ca::WatchRequest;
 use ca_proto::ca::node_agent_client::NodeAgentClient;
 use ca_proto::convert::{CreateCertificate, Watched, certificate_pem};
 use ca_proto::istio::IstioCertificateRequest;
-use ca_proto::join_token::{JoinToken, RootPin, TokenSecret};
+use ca_proto::join_token::{JoinToken, TokenSecret};
 use ca_proto::refusal::Reason;
 use ca_server::{StartError, StateError, ask_status, ask_token};
 use rcgen::{KeyPair, PKCS_ECDSA_P384_SHA384, PKCS_ED25519};
-use spiffe_id::{NodeId, PeerName};
+use spiffe_id::NodeId;
 use support::{
     Folder, Node, Trust, World, cart, csr, csr_pem, id, key, names, node_uri, opaque, refused, request, write,
 };
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_stream::StreamExt as _;
 use tonic::Code;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
@@ -309,18 +310,6 @@ async fn only_the_certificate_of_a_node_speaks_for_a_node() {
 }
 
 #[tokio::test]
-async fn a_workload_cannot_pose_as_the_authority() {
-    // The path of its certificate ends at the same root; the name is what tells (T-10).
-    let world = World::new().await;
-    let node = world.joined("node-a").await;
-    let issued = world.create(&node, request(&cart(), &csr(&key(), &[]))).await.expect("granted");
-    let leaf = PeerName::parse_uri(&names(&issued.chain[0])[0]).expect("a name");
-    assert!(matches!(leaf, PeerName::Workload(_)));
-    let ca: PeerName = PeerName::parse_uri("spiffe://cluster.local/culvert/ca").expect("a name");
-    assert_ne!(leaf, ca);
-}
-
-#[tokio::test]
 async fn a_renewal_comes_with_a_new_key() {
     let world = World::new().await;
     let node = world.joined("node-a").await;
@@ -425,6 +414,61 @@ async fn a_fifth_stream_of_one_node_is_refused() {
 }
 
 #[tokio::test]
+async fn a_silent_stream_has_heartbeats() {
+    let world = World::new().await;
+    let node = world.joined("node-a").await;
+    let channel =
+        world.channel(node.trust(), Some((&node.key, &node.issued.issued))).await.expect("connects");
+    let stream = NodeAgentClient::new(channel).watch(tokio_stream::pending::<WatchRequest>()).await;
+    let mut stream = stream.expect("watches").into_inner();
+    stream.next().await.expect("a message").expect("the bundle");
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    let next: Watched =
+        stream.next().await.expect("a message").expect("no error").try_into().expect("well formed");
+    assert_eq!(next, Watched::Heartbeat { version: node.issued.bundle_version });
+    assert_eq!(before.elapsed().as_secs(), ca_proto::WATCH_HEARTBEAT_SECONDS);
+}
+
+#[tokio::test]
+async fn a_client_that_never_shakes_hands_is_closed_after_ten_seconds() {
+    let world = World::new().await;
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    let mut silent = tokio::net::TcpStream::connect(world.handle.address()).await.expect("connects");
+    assert_eq!(silent.read(&mut [0; 1]).await.expect("closed in order"), 0);
+    assert_eq!(before.elapsed().as_secs(), 10);
+    tokio::time::resume();
+    assert_eq!(world.counter("handshakes_failed_total").await, 1);
+}
+
+#[tokio::test]
+async fn a_stranger_has_half_a_minute() {
+    let world = World::new().await;
+    let mut stranger = world.anonymous().await;
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    // The preface of HTTP/2 and an empty SETTINGS frame, then nothing.
+    stranger.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
+    while matches!(stranger.read(&mut [0; 64]).await, Ok(1..)) {}
+    assert!((29..=31).contains(&before.elapsed().as_secs()), "{:?}", before.elapsed());
+}
+
+#[tokio::test]
+async fn strangers_do_not_displace_nodes() {
+    let world = World::new().await;
+    let node = world.joined("node-a").await;
+    let mut strangers = Vec::new();
+    for _ in 0..256 {
+        strangers.push(world.anonymous().await);
+    }
+    let mut refused = world.anonymous().await;
+    while matches!(refused.read(&mut [0; 64]).await, Ok(1..)) {}
+    assert_eq!(world.counter("strangers_limited_total").await, 1);
+    world.create(&node, request(&cart(), &csr(&key(), &[]))).await.expect("a node is served");
+}
+
+#[tokio::test]
 async fn the_root_survives_a_restart_and_so_do_certificates_and_tokens() {
     let world = World::new().await;
     let (pin, node, token) = (world.handle.pin(), world.joined("node-a").await, world.token("node-b").await);
@@ -464,8 +508,8 @@ async fn a_root_that_is_gone_or_wrong_is_never_silently_replaced() {
         let issuing = std::fs::read(folder.state().join("issuing.pem")).expect("readable");
         std::fs::write(folder.state().join("root.pem"), issuing).expect("written");
     };
-    type Harm<'a> = &'a dyn Fn(&Folder);
-    let cases: [(Harm<'_>, fn(&StateError) -> bool); 5] = [
+    type Case<'a> = (&'a dyn Fn(&Folder), fn(&StateError) -> bool);
+    let cases: [Case<'_>; 5] = [
         (&away("root.pem"), |error| matches!(error, StateError::RootVanished { .. })),
         (&both, |error| matches!(error, StateError::RootVanished { .. })),
         (&damaged, |error| matches!(error, StateError::RootDamaged { .. })),
@@ -656,9 +700,4 @@ async fn futures<F: Future>(all: impl Iterator<Item = F>) -> Vec<F::Output> {
     })
     .await;
     done
-}
-
-#[test]
-fn pins_are_of_keys_not_of_certificates() {
-    assert_ne!(RootPin::of_spki(b"one"), RootPin::of_spki(b"two"));
 }

@@ -1,6 +1,7 @@
 //! A world with one authority, and clients that verify it as a node's daemon does.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,6 +24,7 @@ use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error as Tls
 use spiffe_id::SpiffeId;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 use x509_parser::extensions::GeneralName;
@@ -132,7 +134,12 @@ impl World {
         Node { key, issued }
     }
 
-    pub(crate) async fn join(&self, token: &JoinToken, node: String, csr: Vec<u8>) -> Result<IssuedToNode, Status> {
+    pub(crate) async fn join(
+        &self,
+        token: &JoinToken,
+        node: String,
+        csr: Vec<u8>,
+    ) -> Result<IssuedToNode, Status> {
         let channel = self.channel(Trust::Pin(*token.pin()), None).await.expect("the pin fits");
         let request = JoinRequest { token: token.secret().expose().to_vec(), node, csr };
         let response = NodeAgentClient::new(channel).join(request).await?;
@@ -146,20 +153,47 @@ impl World {
         Ok(response.into_inner().try_into().expect("a well-formed answer"))
     }
 
-    pub(crate) async fn create(&self, node: &Node, request: IstioCertificateRequest) -> Result<Issued, Status> {
+    pub(crate) async fn create(
+        &self,
+        node: &Node,
+        request: IstioCertificateRequest,
+    ) -> Result<Issued, Status> {
         let channel =
             self.channel(node.trust(), Some((&node.key, &node.issued.issued))).await.expect("connects");
         Self::create_on(channel, request).await
     }
 
-    pub(crate) async fn create_on(channel: Channel, request: IstioCertificateRequest) -> Result<Issued, Status> {
+    pub(crate) async fn create_on(
+        channel: Channel,
+        request: IstioCertificateRequest,
+    ) -> Result<Issued, Status> {
         let response = IstioCertificateServiceClient::new(channel).create_certificate(request).await?;
         Ok(response.into_inner().try_into().expect("a well-formed answer"))
     }
 
-    pub(crate) async fn channel(&self, trust: Trust, own: Option<(&KeyPair, &Issued)>) -> Result<Channel, String> {
-        let verifier =
-            Arc::new(Verifier { trust, now: self.now(), provider: Arc::new(aws_lc_rs::default_provider()) });
+    pub(crate) async fn channel(
+        &self,
+        trust: Trust,
+        own: Option<(&KeyPair, &Issued)>,
+    ) -> Result<Channel, String> {
+        let (address, connector) = (self.handle.address(), self.connector(trust, own));
+        let connect = tower::service_fn(move |_| {
+            let connector = connector.clone();
+            async move { Ok::<_, std::io::Error>(TokioIo::new(handshake(connector, address).await?)) }
+        });
+        let endpoint = Endpoint::from_static("http://authority");
+        endpoint.connect_with_connector(connect).await.map_err(|error| format!("{error:?}"))
+    }
+
+    /// A connection without a client certificate, before any HTTP.
+    pub(crate) async fn anonymous(&self) -> TlsStream<TcpStream> {
+        let connector = self.connector(Trust::Pin(self.handle.pin()), None);
+        handshake(connector, self.handle.address()).await.expect("connects")
+    }
+
+    fn connector(&self, trust: Trust, own: Option<(&KeyPair, &Issued)>) -> TlsConnector {
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let verifier = Arc::new(Verifier { trust, now: self.now(), provider });
         let config = ClientConfig::builder_with_provider(Arc::clone(&verifier.provider))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("TLS 1.3")
@@ -174,23 +208,18 @@ impl World {
         };
         config.alpn_protocols = vec![ca_proto::ALPN.to_vec()];
         config.enable_sni = false;
-        let (address, connector) = (self.handle.address(), TlsConnector::from(Arc::new(config)));
-        let connect = tower::service_fn(move |_| {
-            let connector = connector.clone();
-            async move {
-                let tcp = TcpStream::connect(address).await?;
-                let name = ServerName::IpAddress(address.ip().into());
-                Ok::<_, std::io::Error>(TokioIo::new(connector.connect(name, tcp).await?))
-            }
-        });
-        let endpoint = Endpoint::from_static("http://authority");
-        endpoint.connect_with_connector(connect).await.map_err(|error| format!("{error:?}"))
+        TlsConnector::from(Arc::new(config))
     }
 
     pub(crate) async fn counter(&self, name: &str) -> u64 {
         let status = ask_status(self.handle.admin_socket()).await.expect("a status");
         status["counters"][name].as_u64().unwrap_or(0)
     }
+}
+
+async fn handshake(connector: TlsConnector, address: SocketAddr) -> std::io::Result<TlsStream<TcpStream>> {
+    let tcp = TcpStream::connect(address).await?;
+    connector.connect(ServerName::IpAddress(address.ip().into()), tcp).await
 }
 
 /// A node's key and certificate.
@@ -254,19 +283,16 @@ pub(crate) fn opaque<T: fmt::Debug>(result: Result<T, Status>) {
     assert_eq!(status.details(), b"");
 }
 
-/// The URI names of a certificate.
+/// The URI names of a certificate, which has no others.
 pub(crate) fn names(der: &[u8]) -> Vec<String> {
     let (_, certificate) = X509Certificate::from_der(der).expect("a certificate");
-    let names = certificate.subject_alternative_name().expect("names parse").expect("names");
-    names
-        .value
-        .general_names
-        .iter()
-        .map(|name| match name {
-            GeneralName::URI(uri) => (*uri).to_owned(),
-            other => panic!("{other} is no URI"),
-        })
-        .collect()
+    let names =
+        &certificate.subject_alternative_name().expect("names parse").expect("names").value.general_names;
+    let uri = |name: &GeneralName<'_>| {
+        let GeneralName::URI(uri) = name else { panic!("{name} is no URI") };
+        (*uri).to_owned()
+    };
+    names.iter().map(uri).collect()
 }
 
 pub(crate) fn write(folder: &Path, name: &str, content: &str) -> PathBuf {
