@@ -17,3 +17,9 @@ pub mod control;
 pub mod datapath;
 
 pub mod admin;
+
+pub mod enrol;
+
+pub mod place;
+
+pub mod app;

@@ -52,6 +52,9 @@ pub enum Style<'a> {
         client: IpAddr,
         /// The mark of captured packets, by which answers find back to `lo`.
         mark: u32,
+        /// The client is in this namespace itself, under one of its addresses: answers to that come by its own interface and
+        /// never by `lo`, so the socket is neither marked nor bound to a device.
+        local: bool,
         /// Told the source and the target before the connect; needed where the kernel must know a delivery by its addresses
         /// (the host's namespace). What it returns an error for is not dialled.
         announce: Option<&'a (dyn Fn(SocketAddr, SocketAddr) -> io::Result<()> + Sync)>,
@@ -96,13 +99,14 @@ async fn connect(dial: &Dial<'_>) -> Result<TcpStream, DialError> {
             .map_err(|(call, source)| DialError::Kernel { target, call, source })?;
             finish(socket, target).await.map_err(|source| blame(target, source))
         }
-        Style::Transparent { client, mark, announce } => {
+        Style::Transparent { client, mark, local, announce } => {
+            let mark = (!local).then_some(*mark);
             let client = client.to_canonical();
             let mut last = io::Error::from_raw_os_error(libc::EADDRINUSE);
-            let local = local_ports(dial.namespace);
+            let ports = local_ports(dial.namespace);
             for _ in 0..SOURCE_PORTS_TRIED {
-                let source = SocketAddr::new(client, source_port(&local, &mut rand::rng()));
-                match transparent(dial, target, source, *mark, *announce).await {
+                let source = SocketAddr::new(client, source_port(&ports, &mut rand::rng()));
+                match transparent(dial, target, source, mark, *announce).await {
                     Ok(stream) => return Ok(stream),
                     // The port, or this very pair of addresses, is taken: another port.
                     Err(DialError::Kernel { source, .. } | DialError::Unreachable { source, .. })
@@ -122,17 +126,19 @@ async fn transparent(
     dial: &Dial<'_>,
     target: SocketAddr,
     source: SocketAddr,
-    mark: u32,
+    mark: Option<u32>,
     announce: Option<&(dyn Fn(SocketAddr, SocketAddr) -> io::Result<()> + Sync)>,
 ) -> Result<TcpStream, DialError> {
     let socket = open(dial, target, |socket| {
-        if source.is_ipv4() {
-            socket.set_ip_transparent_v4(true)?;
-        } else {
-            set_transparent_v6(socket.as_fd())?;
+        if let Some(mark) = mark {
+            if source.is_ipv4() {
+                socket.set_ip_transparent_v4(true)?;
+            } else {
+                set_transparent_v6(socket.as_fd())?;
+            }
+            socket.set_mark(mark)?;
+            socket.bind_device(Some(b"lo"))?;
         }
-        socket.set_mark(mark)?;
-        socket.bind_device(Some(b"lo"))?;
         // Several connections of one client may share a port as long as their targets differ; the connect finds out.
         socket.set_reuse_address(true)?;
         if let Some(bytes) = LOOPBACK_BUFFER_BYTES {

@@ -10,6 +10,8 @@ pub mod socket;
 
 pub mod diag;
 
+pub mod watch;
+
 pub mod cgroup;
 
 pub mod bpf;
@@ -18,3 +20,4 @@ pub mod process;
 
 pub use namespace::{Namespace, NamespaceError, in_namespace};
 pub use socket::namespace_cookie;
+pub use watch::Watch;

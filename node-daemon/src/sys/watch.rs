@@ -1,0 +1,68 @@
+//! Notices that something changed in a namespace's network configuration, not what: the kernel's messages are counted as one
+//! and thrown away, so a flood of them costs neither memory nor order.
+
+use std::{
+    io::{self, Read},
+    os::fd::AsRawFd,
+};
+
+use nix::{
+    libc,
+    sys::socket::{NetlinkAddr, bind},
+};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::unix::AsyncFd;
+
+use super::Namespace;
+
+/// Groups of linux/rtnetlink.h: links, addresses, routes and rules of both families.
+const GROUPS: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
+
+/// Bytes of one message that are looked at, which is none of them: the rest is thrown away by the kernel.
+const READ_BYTES: usize = 512;
+
+/// Messages taken at once. At the limit the rest waits until the namespace was looked at.
+const MESSAGES_AT_ONCE: usize = 4_096;
+
+/// A watch on one namespace. It keeps the namespace alive: drop it when the enrolment ends.
+#[derive(Debug)]
+pub struct Watch {
+    socket: AsyncFd<Socket>,
+}
+
+impl Watch {
+    /// Opens it inside `namespace`. Everything that changes after this is noticed. To be called in a tokio runtime.
+    pub fn open(namespace: &Namespace) -> io::Result<Self> {
+        let socket = namespace.visit(|| -> io::Result<Socket> {
+            let socket = Socket::new(
+                Domain::from(libc::AF_NETLINK),
+                Type::DGRAM.nonblocking(),
+                Some(Protocol::from(libc::NETLINK_ROUTE)),
+            )?;
+            let groups = GROUPS.into_iter().fold(0, |mask, group| mask | 1_u32 << (group - 1));
+            bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+            Ok(socket)
+        })??;
+        // SAFETY: a `Socket` owns its descriptor and always answers with the same one; it is moved in here and nobody takes it
+        // out, so the descriptor stays open for as long as the registration.
+        let socket = unsafe { AsyncFd::register(socket) }?;
+        Ok(Self { socket })
+    }
+
+    /// Waits until something changed. Cancel-safe.
+    pub async fn changed(&self) -> io::Result<()> {
+        let mut ready = self.socket.readable().await?;
+        let mut buffer = [0; READ_BYTES];
+        for _ in 0..MESSAGES_AT_ONCE {
+            match ready.try_io(|socket| socket.get_ref().read(&mut buffer)) {
+                // Nothing more is there.
+                Err(_) => break,
+                Ok(Ok(_)) => {}
+                // Messages were lost, so something changed.
+                Ok(Err(error)) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Ok(Err(error)) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
