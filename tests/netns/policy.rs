@@ -132,10 +132,13 @@ fn assert_closed_without_a_byte(asked: &Asked) {
     assert!(asked.refused.is_some() || asked.end == "ECONNRESET" || asked.end == "eof", "closed: {asked:?}");
 }
 
+/// Served, or refused with this reason.
+type Expected = Result<(), &'static str>;
+
 fn modern(photo: &Photo, cases: &mut Cases) {
     let no_rule = Err("no_rule_allows");
     let by_rule = Err("denied_by_rule");
-    let table: Vec<(&str, String, Result<(), &str>, Result<(), &str>)> = vec![
+    let table: Vec<(&str, String, Expected, Expected)> = vec![
         (
             "ALLOW by principal",
             authorization("p", "ALLOW", &format!("[{{from: [{{source: {{principals: [{BACKEND}]}}}}]}}]")),

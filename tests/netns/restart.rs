@@ -252,18 +252,10 @@ fn unmeshed(photo: &Photo) {
     photo.world.remove_pod(late);
 }
 
-/// Whether any process still holds a namespace: its number is gone from the kernel's own list of processes' and
-/// mounts' namespaces, and the interface in it took its other end along.
-fn peer_interface(photo: &Photo, node: &world::node::Node, before: &str) -> bool {
-    let _ = photo;
-    node.namespace().ip("-o link show").expect("ip lists links").lines().any(|line| line.contains(before))
-}
-
 /// The node's end of the link to the pod that was made last.
 fn last_interface(node: &world::node::Node) -> String {
     let listed = node.namespace().ip("-o link show type veth").expect("ip lists links");
-    let last =
-        listed.lines().filter_map(|line| line.split(": ").nth(1)).filter(|name| name.starts_with('p')).last();
+    let last = listed.lines().filter_map(|line| line.split(": ").nth(1)).rfind(|name| name.starts_with('p'));
     let name = last.expect("a pod has a link").split('@').next().expect("the first part");
     format!(" {name}@")
 }
@@ -271,9 +263,9 @@ fn last_interface(node: &world::node::Node) -> String {
 /// A veth goes with its namespace, so the node's end tells whether the kernel let the namespace go. That happens in
 /// a worker of the kernel some time after the last handle was closed.
 #[track_caller]
-fn assert_freed(photo: &Photo, node: &world::node::Node, interface: &str) {
+fn assert_freed(node: &world::node::Node, interface: &str) {
     let deadline = std::time::Instant::now() + Duration::from_secs(10);
-    while peer_interface(photo, node, interface) {
+    while node.namespace().ip("-o link show").expect("ip lists links").contains(interface) {
         assert!(
             std::time::Instant::now() < deadline,
             "somebody still holds the namespace behind {interface}"
@@ -295,7 +287,7 @@ fn removal(photo: &Photo) {
     let ended = photo.frontend.drain(&standing, Duration::from_secs(10));
     assert_ne!(ended.end, "EAGAIN", "a connection of a workload that left does not go on");
     photo.world.remove_pod(pod);
-    assert_freed(photo, &photo.b, &interface);
+    assert_freed(&photo.b, &interface);
 }
 
 fn vanished(photo: &Photo) {
@@ -306,7 +298,7 @@ fn vanished(photo: &Photo) {
     let file = pod.document_file();
     photo.world.remove_pod(pod);
     watch.event("workload left", &[]);
-    assert_freed(photo, &photo.b, &interface);
+    assert_freed(&photo.b, &interface);
     photo.withdraw_quietly(&file);
 }
 
@@ -472,9 +464,5 @@ fn a_plain_pod_frees_its_namespace() {
     let interface = last_interface(&node);
     assert!(node.namespace().ip("-o link show").expect("ip lists links").contains(&interface));
     world.remove_pod(pod);
-    let deadline = std::time::Instant::now() + Duration::from_secs(10);
-    while node.namespace().ip("-o link show").expect("ip lists links").contains(&interface) {
-        assert!(std::time::Instant::now() < deadline);
-        std::thread::yield_now();
-    }
+    assert_freed(&node, &interface);
 }

@@ -119,10 +119,8 @@ impl App {
     /// Opens a listener that must open.
     #[track_caller]
     pub fn listen(&self, wanted: Listen) -> Listener {
-        match self.must(Command::Listen(wanted)) {
-            Answer::Listening { listener, port } => Listener { number: listener, port },
-            other => unexpected(&other),
-        }
+        let Answer::Listening { listener, port } = self.must(Command::Listen(wanted)) else { unexpected() };
+        Listener { number: listener, port }
     }
 
     /// Opens a listener for both families on a port; 0 lets the kernel choose.
@@ -141,20 +139,22 @@ impl App {
     /// Whom a listener accepted.
     #[track_caller]
     pub fn accepted(&self, listener: Listener) -> Vec<Accepted> {
-        match self.must(Command::Accepted { listener: listener.number }) {
-            Answer::Accepted(accepted) => accepted,
-            other => unexpected(&other),
-        }
+        let Answer::Accepted(accepted) = self.must(Command::Accepted { listener: listener.number }) else {
+            unexpected()
+        };
+        accepted
     }
 
     /// Waits until a listener accepted so many, and so many ended if wished.
     #[track_caller]
     pub fn wait_accepted(&self, listener: Listener, count: usize, ended: bool) -> Vec<Accepted> {
         let timeout_ms = 20_000;
-        match self.must(Command::WaitAccepted { listener: listener.number, count, ended, timeout_ms }) {
-            Answer::Accepted(accepted) => accepted,
-            other => unexpected(&other),
-        }
+        let Answer::Accepted(accepted) =
+            self.must(Command::WaitAccepted { listener: listener.number, count, ended, timeout_ms })
+        else {
+            unexpected()
+        };
+        accepted
     }
 
     /// Closes a listener; its port is free afterwards.
@@ -169,10 +169,8 @@ impl App {
     /// If it failed.
     #[track_caller]
     pub fn try_connect(&self, wanted: Connect) -> Result<Connected, Failure> {
-        match self.call(Command::Connect(wanted))? {
-            Answer::Connected(connected) => Ok(connected),
-            other => unexpected(&other),
-        }
+        let Answer::Connected(connected) = self.call(Command::Connect(wanted))? else { unexpected() };
+        Ok(connected)
     }
 
     /// Opens a connection that must open.
@@ -185,10 +183,10 @@ impl App {
     /// A whole conversation: connect, say, read to the end.
     #[track_caller]
     pub fn ask(&self, connect: Connect, text: &str) -> Asked {
-        match self.must(Command::Ask { connect, text: text.to_owned() }) {
-            Answer::Asked(asked) => asked,
-            other => unexpected(&other),
-        }
+        let Answer::Asked(asked) = self.must(Command::Ask { connect, text: text.to_owned() }) else {
+            unexpected()
+        };
+        asked
     }
 
     /// One HTTP request.
@@ -228,10 +226,10 @@ impl App {
     #[track_caller]
     pub fn drain(&self, on: &Connected, limit: Duration) -> Ended {
         let timeout_ms = u64::try_from(limit.as_millis()).expect("a short time");
-        match self.must(Command::Drain { socket: on.socket, timeout_ms }) {
-            Answer::Ended(ended) => ended,
-            other => unexpected(&other),
-        }
+        let Answer::Ended(ended) = self.must(Command::Drain { socket: on.socket, timeout_ms }) else {
+            unexpected()
+        };
+        ended
     }
 
     /// Sends and receives bulk data with checksums on a connection to a [`Mode::Bulk`] listener.
@@ -240,10 +238,12 @@ impl App {
     /// If a byte is wrong or nothing moves for twenty seconds.
     #[track_caller]
     pub fn bulk(&self, on: &Connected, up: Payload, down: Payload) -> Result<Duration, Failure> {
-        match self.call(Command::Bulk { socket: on.socket, up, down, stall_ms: 20_000 })? {
-            Answer::Bulk { elapsed_ms } => Ok(Duration::from_millis(elapsed_ms)),
-            other => unexpected(&other),
-        }
+        let Answer::Bulk { elapsed_ms } =
+            self.call(Command::Bulk { socket: on.socket, up, down, stall_ms: 20_000 })?
+        else {
+            unexpected()
+        };
+        Ok(Duration::from_millis(elapsed_ms))
     }
 
     /// Sends FIN.
@@ -279,19 +279,15 @@ impl App {
     /// Starts a loop of connect, exchange, close.
     #[track_caller]
     pub fn storm(&self, wanted: Storm) -> Storming<'_> {
-        match self.must(Command::StormStart(wanted)) {
-            Answer::Storming { storm } => Storming { app: self, storm },
-            other => unexpected(&other),
-        }
+        let Answer::Storming { storm } = self.must(Command::StormStart(wanted)) else { unexpected() };
+        Storming { app: self, storm }
     }
 
     /// The namespace's TCP sockets.
     #[track_caller]
     pub fn sockets(&self) -> Vec<Socket> {
-        match self.must(Command::Sockets) {
-            Answer::Sockets(sockets) => sockets,
-            other => unexpected(&other),
-        }
+        let Answer::Sockets(sockets) = self.must(Command::Sockets) else { unexpected() };
+        sockets
     }
 }
 
@@ -342,21 +338,17 @@ fn hear(stdout: ChildStdout, waiting: &Waiting) {
 }
 
 fn text(answer: Answer) -> Result<String, Failure> {
-    match answer {
-        Answer::Text(text) => Ok(text),
-        other => unexpected(&other),
-    }
+    let Answer::Text(text) = answer else { unexpected() };
+    Ok(text)
 }
 
 #[track_caller]
 fn load(answer: Answer) -> Load {
-    match answer {
-        Answer::Load(load) => load,
-        other => unexpected(&other),
-    }
+    let Answer::Load(load) = answer else { unexpected() };
+    load
 }
 
 #[track_caller]
-fn unexpected<T>(answer: &Answer) -> T {
-    panic!("mesh-app answered something else: {answer:?}")
+fn unexpected() -> ! {
+    panic!("mesh-app answers another question")
 }

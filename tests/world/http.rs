@@ -34,7 +34,7 @@ fn unchunk(mut body: &str) -> String {
         let Ok(size) = usize::from_str_radix(size.trim(), 16) else { break };
         let Some(chunk) = rest.get(..size).filter(|chunk| !chunk.is_empty()) else { break };
         whole.push_str(chunk);
-        body = rest[size..].strip_prefix("\r\n").unwrap_or(&rest[size..]);
+        body = rest[size..].strip_prefix("\r\n").unwrap_or_default();
     }
     whole
 }

@@ -175,7 +175,7 @@ route add default via fd00:9::1",
         let (v4, v6) = pod_addresses(node.number(), index);
         let namespace = Namespace::create(&format!("{}-{}", self.prefix, plan.name))?;
         connect_pod(node, &namespace, index, v4, v6)?;
-        let parent = plan.inside.as_ref().map_or(node.cgroup(), |outer| outer.cgroup());
+        let parent = plan.inside.as_ref().map_or_else(|| node.cgroup(), |outer| outer.cgroup());
         let cgroup = parent.below(&format!("pod-{}", plan.name))?;
         let app = App::start(&plan.name, &namespace, &cgroup)?;
         self.tell(Pod { plan, node: node.clone(), place: Place::Pod(namespace), v4, v6, app, cgroup })

@@ -153,7 +153,7 @@ impl Pod {
             Place::Pod(namespace) => format!("networkNamespace: {}", namespace.path().display()),
             Place::Host => format!("cgroup: {}", self.cgroup.path().display()),
         };
-        self.document_of(&self.node.name().to_owned(), &place)
+        self.document_of(self.node.name(), &place)
     }
 
     /// A document for it that claims another node or place.

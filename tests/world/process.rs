@@ -158,10 +158,7 @@ impl Log {
         let from = lines.all.len().saturating_sub(LINES_SHOWN);
         lines.all[from..]
             .iter()
-            .map(|line| match line {
-                Value::String(text) => text.clone(),
-                other => other.to_string(),
-            })
+            .map(|line| line.as_str().map_or_else(|| line.to_string(), str::to_owned))
             .collect::<Vec<_>>()
             .join("\n")
     }
