@@ -344,6 +344,74 @@ fn objects_that_vanish_beside_a_document_without_a_head_stay() {
     assert_eq!(known(&mut store), ["db 10.8.1.6"]);
 }
 
+const AUTHORIZATION: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: rules, namespace: photo}\nspec: ";
+const AUTHENTICATION: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: default, namespace: photo}\nspec: ";
+
+/// What becomes of a connection of `web` to `db` over the tunnel.
+fn verdict(store: &mut Store) -> &'static str {
+    let snapshot = store.snapshot();
+    let (web, db) = (workload(&snapshot, "web"), workload(&snapshot, "db"));
+    let facts = crate::policy::ConnectionFacts {
+        presented: crate::policy::Presented::Tunnel(web.identity.clone()),
+        source_address: web.addresses[0],
+        destination_address: db.addresses[0],
+        destination_port: 5432,
+        destination: db,
+    };
+    snapshot.authorise(&facts).map_or_else(|denial| denial.reason.label(), |_permit| "allowed")
+}
+
+#[test]
+fn a_policy_is_in_force_until_it_vanishes_and_a_bad_version_changes_nothing() {
+    let mut store = empty_store();
+    applies(&mut store, "pods", &join(&[pod("web", "10.8.1.4", ""), pod("db", "10.8.1.5", "")]));
+    assert_eq!(verdict(&mut store), "allowed");
+    applies(&mut store, "rules", &format!("{AUTHORIZATION}{{action: ALLOW}}"));
+    assert_eq!(verdict(&mut store), "no_rule_allows");
+    for bad in ["{action: PERMIT}", "{actoin: ALLOW}", "[]"] {
+        let sentence = problem(&mut store, replace("rules", &format!("{AUTHORIZATION}{bad}")));
+        assert!(
+            sentence.starts_with("rules document 0: AuthorizationPolicy photo/rules: spec"),
+            "{sentence}"
+        );
+        assert_eq!(verdict(&mut store), "no_rule_allows", "{bad}");
+    }
+    for headless in ["7", "kind: AuthorizationPolicy\nmetadata: {name: rules, namespace: photo}"] {
+        assert!(!store.apply(replace("rules", headless)).is_empty());
+        assert_eq!(verdict(&mut store), "no_rule_allows", "{headless}");
+    }
+    store.apply(unreadable("rules"));
+    assert_eq!(verdict(&mut store), "no_rule_allows");
+    store.apply(Update::Remove { file: "rules".into() });
+    assert_eq!(verdict(&mut store), "allowed");
+}
+
+#[test]
+fn a_policy_that_was_never_usable_denies_what_it_would_have_governed() {
+    let mut store = empty_store();
+    applies(&mut store, "pods", &join(&[pod("web", "10.8.1.4", ""), pod("db", "10.8.1.5", "")]));
+    assert_eq!(store.apply(replace("rules", &format!("{AUTHORIZATION}{{action: PERMIT}}"))).len(), 1);
+    assert_eq!(verdict(&mut store), "policy_unusable");
+    assert_eq!(store.snapshot().unreadable(), None);
+    applies(&mut store, "rules", &format!("{AUTHORIZATION}{{action: ALLOW, rules: [{{}}]}}"));
+    assert_eq!(verdict(&mut store), "allowed");
+}
+
+#[test]
+fn a_policy_in_two_files_stays_as_it_was_first() {
+    let mut store = empty_store();
+    applies(&mut store, "b", &format!("{AUTHENTICATION}{{mtls: {{mode: STRICT}}}}"));
+    applies(&mut store, "pods", &pod("db", "10.8.1.5", ""));
+    let mode = |store: &mut Store| {
+        let snapshot = store.snapshot();
+        snapshot.transport_mode(&workload(&snapshot, "db"), 80)
+    };
+    assert_eq!(store.apply(replace("a", &format!("{AUTHENTICATION}{{mtls: {{mode: DISABLE}}}}"))).len(), 1);
+    assert_eq!(mode(&mut store), TransportMode::Strict);
+    store.apply(Update::Remove { file: "b".into() });
+    assert_eq!(mode(&mut store), TransportMode::Disabled);
+}
+
 #[test]
 fn problems_elsewhere_are_told_once() {
     let (mut store, _) = store(&pod("web", "10.8.1.4", ""));
