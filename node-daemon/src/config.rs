@@ -34,6 +34,7 @@ const WORKERS_MAX: u64 = 256;
 
 const DEFAULT_CONFIG: &str = "etc/culvert/node.yaml";
 const DEFAULT_WORKLOADS: &str = "etc/culvert/mesh.d";
+const DEFAULT_JOIN_TOKEN: &str = "etc/culvert/join-token";
 const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
 const DEFAULT_METRICS_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15_020);
@@ -69,7 +70,7 @@ pub struct CaConfig {
     pub address: SocketAddr,
     pub trust_domain: TrustDomain,
     /// File of the one-time token; needed until the node has its certificate.
-    pub join_token: Option<PathBuf>,
+    pub join_token: PathBuf,
 }
 
 /// How long a connection is held before it is reset.
@@ -218,7 +219,7 @@ impl Config {
             workloads: top.path("workloads")?.unwrap_or_else(|| root.0.join(DEFAULT_WORKLOADS)),
             cgroup: top.path("cgroup")?,
             bpffs: top.path("bpffs")?.unwrap_or_else(|| PathBuf::from(DEFAULT_BPFFS)),
-            ca: CaConfig::parse(&mut top)?,
+            ca: CaConfig::parse(&mut top, &root)?,
             metrics_listen: top.parsed("metricsListen", ADDRESS)?.unwrap_or(DEFAULT_METRICS_LISTEN),
             ready_listen: top.parsed("readyListen", ADDRESS)?.unwrap_or(DEFAULT_READY_LISTEN),
             hold: HoldConfig::parse(&mut top)?,
@@ -269,7 +270,7 @@ impl Config {
 }
 
 impl CaConfig {
-    fn parse(top: &mut Section) -> Result<Self, ConfigError> {
+    fn parse(top: &mut Section, root: &Root) -> Result<Self, ConfigError> {
         let mut section = top.section("ca")?;
         let config = Self {
             address: section.parsed("address", ADDRESS)?.ok_or_else(|| {
@@ -278,7 +279,7 @@ impl CaConfig {
             trust_domain: section
                 .parsed("trustDomain", TRUST_DOMAIN)?
                 .unwrap_or_else(|| DEFAULT_TRUST_DOMAIN.parse().expect("a valid name")),
-            join_token: section.path("joinToken")?,
+            join_token: section.path("joinToken")?.unwrap_or_else(|| root.0.join(DEFAULT_JOIN_TOKEN)),
         };
         section.finish()?;
         Ok(config)

@@ -9,6 +9,10 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use nix::unistd::Uid;
@@ -58,11 +62,18 @@ pub struct LastGood {
     path: PathBuf,
     /// First line of what this process wrote last.
     written: String,
+    /// The file belongs to a successor.
+    retired: Arc<AtomicBool>,
 }
 
 impl LastGood {
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), written: String::new() }
+        Self { path: path.to_owned(), written: String::new(), retired: Arc::default() }
+    }
+
+    /// Set, nothing is written any more.
+    pub fn retired(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.retired)
     }
 
     pub fn path(&self) -> &Path {
@@ -101,7 +112,7 @@ impl LastGood {
     pub fn keep(&mut self, remembered: &Remembered) -> Result<(), LastGoodError> {
         let body = serde_json::to_string(remembered).map_err(|error| self.system(error.into()))?;
         let head = head(&body);
-        if self.written == head {
+        if self.written == head || self.retired.load(Ordering::Acquire) {
             return Ok(());
         }
         self.replace(&format!("{head}\n{body}")).map_err(|error| self.system(error))?;

@@ -7,7 +7,13 @@ pub mod file;
 pub mod last_good;
 pub mod publish;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use node_core::snapshot::Snapshot;
 use spiffe_id::TrustDomain;
@@ -47,6 +53,7 @@ pub struct DocumentsView {
 pub struct Handle {
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
     pub documents: watch::Receiver<DocumentsView>,
+    retired: Arc<AtomicBool>,
     stop: CancellationToken,
     task: JoinHandle<()>,
 }
@@ -56,19 +63,15 @@ pub struct Handle {
 /// Never fails: a folder that cannot be read is an answer (everything denied, readiness false), and is tried again.
 pub async fn start(config: ControlConfig, events: Sink) -> Handle {
     let folder = Folder::new(&config.folder);
-    let mut publisher = Publisher::new(
-        &config.node,
-        config.trust_domain,
-        &config.folder,
-        LastGood::new(&config.last_good),
-        events,
-    );
+    let last_good = LastGood::new(&config.last_good);
+    let retired = last_good.retired();
+    let mut publisher = Publisher::new(&config.node, config.trust_domain, &config.folder, last_good, events);
     let (folder, first) = file::scan(folder).await;
     publisher.begin(first);
     let (snapshots, documents) = (publisher.snapshots(), publisher.documents());
     let stop = CancellationToken::new();
     let task = tokio::spawn(follow(folder, publisher, stop.clone()));
-    Handle { snapshots, documents, stop, task }
+    Handle { snapshots, documents, retired, stop, task }
 }
 
 async fn follow(folder: Folder, mut publisher: Publisher, stop: CancellationToken) {
@@ -86,6 +89,11 @@ async fn follow(folder: Folder, mut publisher: Publisher, stop: CancellationToke
 }
 
 impl Handle {
+    /// Leaves the file of the last good documents to a successor; changes are followed on.
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+
     /// Ends the following of changes; the last snapshot stays.
     pub async fn stop(self) {
         self.stop.cancel();
@@ -93,3 +101,6 @@ impl Handle {
         let _ = self.task.await;
     }
 }
+
+#[cfg(test)]
+mod tests;

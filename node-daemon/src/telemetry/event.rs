@@ -9,7 +9,7 @@ use spiffe_id::SpiffeId;
 #[derive(Clone, Debug)]
 pub enum Event {
     /// The daemon runs, and with which effective configuration (without secrets, one line of JSON).
-    DaemonStarting { node: String, version: &'static str, epoch: u64, configuration: String },
+    DaemonStarting { node: String, version: &'static str, configuration: String },
     /// Readiness changed; `missing` says what is lacking, empty when ready.
     Readiness { ready: bool, missing: Vec<String> },
     /// New connections are left to a successor, those that stand go on for at most `seconds`.

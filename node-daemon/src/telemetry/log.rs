@@ -84,8 +84,8 @@ where
 /// Writes the line of one event.
 pub(super) fn write(event: &Event) {
     match event {
-        Event::DaemonStarting { node, version, epoch, configuration } => {
-            info!(target: "event", %node, version, epoch, configuration, "daemon starting");
+        Event::DaemonStarting { node, version, configuration } => {
+            info!(target: "event", %node, version, configuration, "daemon starting");
         }
         Event::Readiness { ready: true, .. } => info!(target: "event", "ready"),
         Event::Readiness { ready: false, missing } => {

@@ -45,3 +45,6 @@ impl Sink {
         &self.metrics
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,375 @@
+//! A folder's changes become updates, what was good stays, and a restart knows it.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use node_core::snapshot::Snapshot;
+use tokio::{sync::watch, time::timeout};
+
+use super::{
+    ControlConfig, Handle,
+    file::{self, Change, FILE_BYTES_MAX, FILES_MAX, Folder},
+    start,
+};
+use crate::telemetry::Sink;
+
+/// Longest wait for a snapshot; one comes within a tenth of a second.
+const WAIT: Duration = Duration::from_secs(20);
+
+/// A node's folders, removed with it.
+struct Node {
+    base: PathBuf,
+    events: Sink,
+}
+
+impl Node {
+    fn new() -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let base = std::env::temp_dir().join(format!("culvert-control-{}-{number}", std::process::id()));
+        fs::create_dir_all(base.join("mesh.d")).unwrap();
+        Self { base, events: Sink::new() }
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.base.join("mesh.d")
+    }
+
+    fn last_good(&self) -> PathBuf {
+        self.base.join("last-good")
+    }
+
+    fn put(&self, file: &str, text: &str) {
+        // Hidden files do not count, so nobody sees half a file.
+        let beside = self.folder().join(".beside");
+        fs::write(&beside, text).unwrap();
+        fs::rename(beside, self.folder().join(file)).unwrap();
+    }
+
+    fn remove(&self, file: &str) {
+        fs::remove_file(self.folder().join(file)).unwrap();
+    }
+
+    async fn start(&self) -> Handle {
+        let config = ControlConfig {
+            node: "node-a".to_owned(),
+            trust_domain: "cluster.local".parse().unwrap(),
+            folder: self.folder(),
+            last_good: self.last_good(),
+        };
+        start(config, self.events.clone()).await
+    }
+
+    fn scan(&self, folder: &mut Folder) -> Vec<String> {
+        folder.scan().iter().map(|change| self.told(change)).collect()
+    }
+
+    fn told(&self, change: &Change) -> String {
+        let name = |file: &str| Path::new(file).strip_prefix(self.folder()).unwrap().display().to_string();
+        match change {
+            Change::Read { file, documents, .. } => format!("read {} {}", name(file), documents.len()),
+            Change::Removed { file } => format!("removed {}", name(file)),
+            Change::Unreadable { file, reason, .. } => format!("unreadable {}: {reason}", name(file)),
+            Change::FolderUnreadable { reason, .. } => format!("folder unreadable: {reason}"),
+            Change::FolderReadable { files } => format!("folder readable {}", files.len()),
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.base);
+    }
+}
+
+fn workload(name: &str, address: &str) -> String {
+    format!(
+        "apiVersion: culvert.io/v1alpha1\nkind: Workload\nmetadata: {{name: {name}, namespace: photo, labels: \
+         {{culvert.io/mesh: enabled}}}}\nspec: {{serviceAccount: web, node: node-a, addresses: [{address}], \
+         networkNamespace: /run/netns/{name}}}\n"
+    )
+}
+
+fn local(snapshot: &Snapshot) -> BTreeSet<String> {
+    snapshot.local().map(|workload| workload.name.name.to_string()).collect()
+}
+
+fn names<const COUNT: usize>(names: [&str; COUNT]) -> BTreeSet<String> {
+    names.map(str::to_owned).into()
+}
+
+/// Waits for a snapshot that is so.
+#[track_caller]
+fn until(handle: &mut Handle, so: impl FnMut(&Arc<Snapshot>) -> bool) -> impl Future<Output = Arc<Snapshot>> {
+    let snapshots: &mut watch::Receiver<Arc<Snapshot>> = &mut handle.snapshots;
+    async move {
+        let found = timeout(WAIT, snapshots.wait_for(so)).await.expect("the snapshot comes").unwrap();
+        Arc::clone(&found)
+    }
+}
+
+fn now(handle: &Handle) -> Arc<Snapshot> {
+    Arc::clone(&handle.snapshots.borrow())
+}
+
+#[test]
+fn a_scan_tells_what_was_added_changed_renamed_and_removed_removals_first() {
+    let node = Node::new();
+    let mut folder = Folder::new(&node.folder());
+    assert!(node.scan(&mut folder).is_empty());
+    node.put("b.yaml", "a: 1\n---\na: 2\n");
+    node.put("a.yml", "a: 1\n");
+    assert_eq!(node.scan(&mut folder), ["read a.yml 1", "read b.yaml 2"]);
+    assert!(node.scan(&mut folder).is_empty(), "nothing changed");
+    node.put("b.yaml", "a: 1\n");
+    assert_eq!(node.scan(&mut folder), ["read b.yaml 1"]);
+    fs::rename(node.folder().join("b.yaml"), node.folder().join("0.yaml")).unwrap();
+    assert_eq!(node.scan(&mut folder), ["removed b.yaml", "read 0.yaml 1"]);
+    node.remove("a.yml");
+    assert_eq!(node.scan(&mut folder), ["removed a.yml"]);
+}
+
+#[test]
+fn what_is_no_document_file_is_left_alone() {
+    let node = Node::new();
+    let mut folder = Folder::new(&node.folder());
+    for name in [".hidden.yaml", "a.yaml~", "a.json", "4913", "yaml"] {
+        fs::write(node.folder().join(name), "{").unwrap();
+    }
+    assert!(node.scan(&mut folder).is_empty());
+}
+
+#[test]
+fn what_cannot_be_read_is_told_once_with_its_reason() {
+    let node = Node::new();
+    let mut folder = Folder::new(&node.folder());
+    node.put("a.yaml", "a: 1\nb: [1\nc: 2\n");
+    fs::write(node.folder().join("b.yaml"), b"a: \xff").unwrap();
+    fs::create_dir(node.folder().join("c.yaml")).unwrap();
+    nix::unistd::mkfifo(&node.folder().join("d.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    symlink("nowhere", node.folder().join("e.yaml")).unwrap();
+    node.put("f.yaml", &"#".repeat(usize::try_from(FILE_BYTES_MAX).unwrap() + 1));
+    node.put("g.yaml", &"#".repeat(usize::try_from(FILE_BYTES_MAX).unwrap()));
+    node.put("h.yaml", "a: 1\na: 2\n");
+    let told = node.scan(&mut folder);
+    let expected = [
+        ("unreadable a.yaml: ", "line"),
+        ("unreadable b.yaml: ", "no UTF-8 at byte 3"),
+        ("unreadable c.yaml: ", "no regular file"),
+        ("unreadable d.yaml: ", "no regular file"),
+        ("unreadable e.yaml: ", "No such file"),
+        ("unreadable f.yaml: ", "more than 1048576 bytes"),
+        ("read g.yaml 0", ""),
+        ("unreadable h.yaml: ", "line 2"),
+    ];
+    assert_eq!(told.len(), expected.len(), "{told:#?}");
+    for (told, (start, word)) in told.iter().zip(expected) {
+        assert!(told.starts_with(start) && told.contains(word) && !told.contains('\n'), "{told}");
+    }
+    assert!(node.scan(&mut folder).is_empty(), "told once");
+}
+
+#[test]
+fn a_folder_with_too_many_files_or_none_at_all_is_unreadable_and_changes_nothing() {
+    let node = Node::new();
+    let mut folder = Folder::new(&node.folder());
+    for number in 0..FILES_MAX {
+        fs::write(node.folder().join(format!("{number}.yaml")), "").unwrap();
+    }
+    assert_eq!(node.scan(&mut folder).len(), FILES_MAX, "the limit itself is allowed");
+    fs::write(node.folder().join("one-more.yaml"), "").unwrap();
+    let told = node.scan(&mut folder);
+    assert_eq!(told.len(), 1);
+    assert!(told[0].contains("more than 1024 files"), "{told:?}");
+    assert!(node.scan(&mut folder).is_empty(), "told once");
+    node.remove("one-more.yaml");
+    let told = node.scan(&mut folder);
+    assert_eq!(told[0], format!("folder readable {FILES_MAX}"));
+    assert_eq!(told.len(), 1 + FILES_MAX, "all is told anew");
+    fs::remove_dir_all(node.folder()).unwrap();
+    assert!(node.scan(&mut folder)[0].starts_with("folder unreadable: "));
+}
+
+#[test]
+fn nulls_inside_a_document_survive_and_empty_documents_do_not() {
+    // Policy A-2: `mtls: null` is a rule, an absent key is none.
+    let documents =
+        file::parse("---\n---\nspec: {peers: [{mtls: null}, {mtls: }, {mtls: ~}, {}]}\n---\n").unwrap();
+    assert_eq!(documents.len(), 1);
+    let peers = &documents[0]["spec"]["peers"];
+    for peer in 0..3 {
+        assert_eq!(peers[peer].get("mtls"), Some(&serde_json::Value::Null), "{peers}");
+    }
+    assert_eq!(peers[3].get("mtls"), None);
+}
+
+#[test]
+fn a_bomb_of_aliases_is_refused() {
+    let mut text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for level in 1..9 {
+        let before = format!("*a{}, ", level - 1).repeat(10);
+        text += &format!("a{level}: &a{level} [{}]\n", before.trim_end_matches(", "));
+    }
+    assert!(file::parse(&text).is_err());
+}
+
+#[tokio::test]
+async fn changes_of_the_folder_become_snapshots() {
+    let node = Node::new();
+    node.put("a.yaml", &workload("a", "10.8.1.1"));
+    let mut handle = node.start().await;
+    assert_eq!(local(&now(&handle)), names(["a"]), "the first snapshot is full");
+    node.put("b.yaml", &workload("b", "10.8.1.2"));
+    until(&mut handle, |snapshot| local(snapshot) == names(["a", "b"])).await;
+    node.put("b.yaml", &workload("c", "10.8.1.3"));
+    until(&mut handle, |snapshot| local(snapshot) == names(["a", "c"])).await;
+    fs::rename(node.folder().join("b.yaml"), node.folder().join("z.yaml")).unwrap();
+    let renamed = until(&mut handle, |snapshot| snapshot.number() > 4).await;
+    assert_eq!(local(&renamed), names(["a", "c"]));
+    assert!(renamed.problems().is_empty(), "{:?}", renamed.problems());
+    node.remove("a.yaml");
+    until(&mut handle, |snapshot| local(snapshot) == names(["c"])).await;
+    handle.stop().await;
+}
+
+#[tokio::test]
+async fn a_folder_whose_files_point_through_one_link_is_exchanged_as_a_whole() {
+    let node = Node::new();
+    for (version, name, address) in [("..1", "a", "10.8.1.1"), ("..2", "b", "10.8.1.2")] {
+        fs::create_dir(node.folder().join(version)).unwrap();
+        fs::write(node.folder().join(version).join("mesh.yaml"), workload(name, address)).unwrap();
+    }
+    symlink("..1", node.folder().join("..data")).unwrap();
+    symlink("..data/mesh.yaml", node.folder().join("mesh.yaml")).unwrap();
+    let mut handle = node.start().await;
+    assert_eq!(local(&now(&handle)), names(["a"]));
+    symlink("..2", node.folder().join("..data_tmp")).unwrap();
+    fs::rename(node.folder().join("..data_tmp"), node.folder().join("..data")).unwrap();
+    until(&mut handle, |snapshot| local(snapshot) == names(["b"])).await;
+    handle.stop().await;
+}
+
+#[tokio::test]
+async fn a_file_that_breaks_changes_nothing_that_worked_and_is_named() {
+    let node = Node::new();
+    node.put("a.yaml", &workload("a", "10.8.1.1"));
+    let mut handle = node.start().await;
+    node.put("a.yaml", "kind: [\n");
+    let broken = until(&mut handle, |snapshot| !snapshot.problems().is_empty()).await;
+    assert_eq!(local(&broken), names(["a"]));
+    assert_eq!(broken.unreadable(), None);
+    assert!(broken.problems()[0].to_string().contains("a.yaml"), "{:?}", broken.problems());
+    node.put("a.yaml", &workload("b", "10.8.1.1"));
+    let mended = until(&mut handle, |snapshot| snapshot.problems().is_empty()).await;
+    assert_eq!(local(&mended), names(["b"]));
+    handle.stop().await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_broken_at_a_cold_start_denies_everything_until_it_is_mended() {
+    // T-19
+    let node = Node::new();
+    node.put("a.yaml", &workload("a", "10.8.1.1"));
+    node.put("policy.yaml", "kind: [\n");
+    let mut handle = node.start().await;
+    assert!(now(&handle).unreadable().is_some());
+    node.put("policy.yaml", "");
+    let mended = until(&mut handle, |snapshot| snapshot.unreadable().is_none()).await;
+    assert_eq!(local(&mended), names(["a"]));
+    handle.stop().await;
+}
+
+#[tokio::test]
+async fn at_a_cold_start_the_last_good_documents_stand_in_for_a_broken_file_and_that_is_said() {
+    // T-19
+    let node = Node::new();
+    node.put("a.yaml", &workload("a", "10.8.1.1"));
+    node.put("b.yaml", &workload("b", "10.8.1.2"));
+    node.start().await.stop().await;
+    assert_eq!(fs::metadata(node.last_good()).unwrap().permissions().mode() & 0o777, 0o600);
+    node.put("a.yaml", "kind: [\n");
+    node.remove("b.yaml");
+    let handle = node.start().await;
+    let snapshot = now(&handle);
+    assert_eq!(local(&snapshot), names(["a"]), "the broken file's stand, the removed file's do not");
+    assert_eq!(snapshot.unreadable(), None);
+    let documents = handle.documents.borrow().clone();
+    assert_eq!(documents.from_last_good.len(), 1);
+    assert!(documents.from_last_good[0].ends_with("a.yaml"), "{documents:?}");
+    handle.stop().await;
+    // What stood in once stands in again.
+    let handle = node.start().await;
+    assert_eq!(local(&now(&handle)), names(["a"]));
+    handle.stop().await;
+}
+
+#[tokio::test]
+async fn a_damaged_or_open_file_of_last_good_documents_is_not_used() {
+    // T-19
+    let damages: [fn(&Path); 4] = [
+        |path| {
+            let text = fs::read_to_string(path).unwrap().replace("10.8.1.1", "10.8.1.9");
+            fs::write(path, text).unwrap();
+        },
+        |path| fs::set_permissions(path, fs::Permissions::from_mode(0o640)).unwrap(),
+        |path| fs::write(path, "").unwrap(),
+        |path| {
+            let kept = path.with_extension("kept");
+            fs::rename(path, &kept).unwrap();
+            symlink(kept, path).unwrap();
+        },
+    ];
+    for damage in damages {
+        let node = Node::new();
+        node.put("a.yaml", &workload("a", "10.8.1.1"));
+        node.start().await.stop().await;
+        damage(&node.last_good());
+        node.put("a.yaml", "kind: [\n");
+        let handle = node.start().await;
+        assert!(now(&handle).unreadable().is_some(), "denies");
+        assert_eq!(local(&now(&handle)), names([]));
+        handle.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_folder_that_vanishes_leaves_everything_in_force_and_comes_back() {
+    let node = Node::new();
+    node.put("a.yaml", &workload("a", "10.8.1.1"));
+    node.put("b.yaml", &workload("b", "10.8.1.2"));
+    let mut handle = node.start().await;
+    let away = node.base.join("away");
+    fs::rename(node.folder(), &away).unwrap();
+    let gone = until(&mut handle, |snapshot| !snapshot.problems().is_empty()).await;
+    assert_eq!(local(&gone), names(["a", "b"]));
+    assert_eq!(gone.unreadable(), None);
+    assert!(handle.documents.borrow().folder_problem.is_some());
+    fs::remove_file(away.join("b.yaml")).unwrap();
+    fs::rename(away, node.folder()).unwrap();
+    let back = until(&mut handle, |snapshot| snapshot.problems().is_empty()).await;
+    assert_eq!(local(&back), names(["a"]));
+    handle.stop().await;
+}
+
+#[tokio::test]
+async fn a_folder_that_is_missing_at_a_cold_start_denies_everything_until_it_is_there() {
+    // T-19
+    let node = Node::new();
+    fs::remove_dir(node.folder()).unwrap();
+    let mut handle = node.start().await;
+    assert!(now(&handle).unreadable().is_some());
+    fs::create_dir(node.folder()).unwrap();
+    node.put("a.yaml", &workload("a", "10.8.1.1"));
+    let there = until(&mut handle, |snapshot| snapshot.unreadable().is_none()).await;
+    assert_eq!(local(&there), names(["a"]));
+    handle.stop().await;
+}
