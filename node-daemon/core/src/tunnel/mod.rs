@@ -5,8 +5,7 @@
 pub mod header;
 pub mod route;
 
-/// Where a node takes tunnels for its workloads (DESIGN 4).
-pub const TUNNEL_PORT: u16 = 15_008;
+pub use ebpf_abi::TUNNEL_PORT;
 
 /// Where the certificate authority listens.
 pub const CA_PORT: u16 = 15_012;
