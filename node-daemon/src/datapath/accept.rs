@@ -159,7 +159,7 @@ impl Site {
     }
 
     /// A place for a connection. Waits at the limit, and so pauses its listener.
-    async fn place(&self, shared: &Shared) -> Option<Place> {
+    pub(super) async fn place(&self, shared: &Shared) -> Option<Place> {
         let own = if let Ok(own) = Arc::clone(&self.connections).try_acquire_owned() {
             own
         } else {

@@ -23,6 +23,11 @@ mod outbound;
 mod record;
 mod tunnel;
 
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -122,6 +127,23 @@ struct Shared {
 }
 
 impl Shared {
+    fn new(inputs: &Inputs) -> Self {
+        Self {
+            snapshots: inputs.snapshots.clone(),
+            credentials: Arc::clone(&inputs.credentials),
+            events: inputs.events.clone(),
+            limits: inputs.limits,
+            holds: inputs.holds,
+            live: Arc::default(),
+            pool: Pool::new(),
+            connections: Arc::new(Semaphore::new(inputs.limits.connections_per_node)),
+            numbers: AtomicU64::new(0),
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+            ending: CancellationToken::new(),
+        }
+    }
+
     fn snapshot(&self) -> Arc<Snapshot> {
         Arc::clone(&self.snapshots.borrow())
     }
@@ -140,21 +162,8 @@ pub struct Handle {
 
 /// Starts serving what comes under capture.
 pub fn start(inputs: Inputs) -> Handle {
-    let Inputs { snapshots, credentials, workloads, events, limits, holds } = inputs;
-    let shared = Arc::new(Shared {
-        snapshots: snapshots.clone(),
-        credentials,
-        events,
-        limits,
-        holds,
-        live: Arc::default(),
-        pool: Pool::new(),
-        connections: Arc::new(Semaphore::new(limits.connections_per_node)),
-        numbers: AtomicU64::new(0),
-        tasks: TaskTracker::new(),
-        closing: CancellationToken::new(),
-        ending: CancellationToken::new(),
-    });
+    let shared = Arc::new(Shared::new(&inputs));
+    let Inputs { snapshots, workloads, .. } = inputs;
     let mut tasks = JoinSet::new();
     tasks.spawn(Arc::clone(&shared.live).follow(snapshots));
     tasks.spawn(sweep(Arc::clone(&shared)));
