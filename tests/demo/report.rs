@@ -38,7 +38,7 @@ impl Report {
             return;
         }
         self.lines.push(format!(
-            "{route:36} {outcome:9} as {identity}\n{:36} by {decision}\n{:36} path {path}, {tls}",
+            "{route:40} {outcome:9} as {identity}\n{:40} by {decision}\n{:40} path {path}, {tls}",
             "",
             "",
             identity = text(&record["source"]["identity"], "nobody: no certificate was shown"),
