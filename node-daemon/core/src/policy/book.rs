@@ -8,7 +8,7 @@ use std::{
 use super::{
     authn_v1alpha1::{DEFAULT_NAME, Policy},
     matching::TrustDomains,
-    objects::{Body, Entry, PolicyObjects, Reach, RefusedKind},
+    objects::{Body, Entry, Good, PolicyObjects, Reach, Refused, RefusedKind},
     rbac_v1alpha1::{ServiceRoleBinding, Switch},
     reader::Warning,
     rules::{Condition, Holder, NamedRules, Rule},
@@ -194,25 +194,15 @@ fn choose_switch<'a>(objects: &'a PolicyObjects, root: &str, notes: &mut Notes) 
     for (kind, name, entry) in objects.entries() {
         let is_cluster = kind == "ClusterRbacConfig";
         let namespace = &*name.namespace;
-        let (label, created, body) = match entry {
-            Entry { good: Some(good), .. } => match &good.body {
-                Body::RbacConfig(switch) | Body::ClusterRbacConfig(switch) => {
-                    (&good.label, &good.created, Some(switch))
-                }
-                Body::Policy(_)
-                | Body::MeshPolicy(_)
-                | Body::ServiceRole(_)
-                | Body::ServiceRoleBinding(_)
-                | Body::PeerAuthentication(_)
-                | Body::AuthorizationPolicy(_)
-                | Body::RequestAuthentication(_)
-                | Body::DestinationRule(_) => continue,
-            },
-            Entry { good: None, refused: Some(refused) } => match refused.kind {
-                RefusedKind::Switch { .. } => (&refused.label, &refused.created, None),
-                _ => continue,
-            },
-            Entry { good: None, refused: None } => continue,
+        let (label, created, body) = match (&entry.good, &entry.refused) {
+            (
+                Some(Good { label, created, body: Body::RbacConfig(s) | Body::ClusterRbacConfig(s), .. }),
+                _,
+            ) => (label, created, Some(s)),
+            (None, Some(Refused { label, created, kind: RefusedKind::Switch { .. }, .. })) => {
+                (label, created, None)
+            }
+            (Some(_) | None, _) => continue,
         };
         if &*name.name == DEFAULT_NAME {
             found.push(((!is_cluster, namespace != root, created, name), label, body));
@@ -233,13 +223,16 @@ fn choose_switch<'a>(objects: &'a PolicyObjects, root: &str, notes: &mut Notes) 
     }
 }
 
+/// A binding and its label.
+type Bound<'a> = (&'a Arc<str>, &'a ServiceRoleBinding);
+
 /// Joins each role with the bindings of its namespace that name it (policy B-2, B-4).
 fn roles<'a>(
     objects: &'a PolicyObjects,
     trusted: &TrustDomains,
     notes: &mut Notes,
 ) -> BTreeMap<&'a str, Vec<Role<'a>>> {
-    let mut bindings: BTreeMap<(&str, &str), Vec<(&Arc<str>, &ServiceRoleBinding)>> = BTreeMap::new();
+    let mut bindings: BTreeMap<(&str, &str), Vec<Bound<'_>>> = BTreeMap::new();
     for (_, name, entry) in objects.entries() {
         if let Some((label, Body::ServiceRoleBinding(binding))) = good(entry) {
             bindings.entry((&name.namespace, &binding.role)).or_default().push((label, binding));
@@ -277,11 +270,7 @@ fn good(entry: &Entry) -> Option<(&Arc<str>, &Body)> {
 }
 
 /// A binding in PERMISSIVE mode holds nothing (policy B-11), nor does a subject that only requests can answer (B-10).
-fn holders(
-    rule_index: usize,
-    bindings: &[(&Arc<str>, &ServiceRoleBinding)],
-    trusted: &TrustDomains,
-) -> Arc<[Holder]> {
+fn holders(rule_index: usize, bindings: &[Bound<'_>], trusted: &TrustDomains) -> Arc<[Holder]> {
     let in_mesh =
         |conditions: &[Condition]| conditions.iter().map(|c| c.in_mesh(trusted)).collect::<Vec<_>>();
     bindings

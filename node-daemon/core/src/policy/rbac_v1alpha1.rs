@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use super::{
     authn_v1alpha1::DEFAULT_NAME,
-    matching::{Glob, Pattern, config_time_matches, star_is_misplaced},
-    reader::{Fault, Fields, Item, Usable, Warnings, networks, patterns, ports},
+    matching::{Glob, Pattern, config_time_matches},
+    reader::{Fault, Fields, Item, Usable, Warnings, networks, patterns, ports, warn_of_stars},
     rules::{Condition, Values},
 };
 use crate::decode::Object;
@@ -550,18 +550,6 @@ fn property_condition(
 /// The text between the brackets of `name[…]`.
 pub(super) fn inside<'a>(key: &'a str, name: &str) -> Option<&'a str> {
     key.strip_prefix(name)?.strip_prefix('[')?.strip_suffix(']').filter(|text| !text.is_empty())
-}
-
-fn warn_of_stars(items: &[Item<'_>], warnings: &mut Warnings) {
-    for item in items {
-        let text = item.value.as_str().unwrap_or_default();
-        if star_is_misplaced(text) {
-            warnings.say(
-                &item.path,
-                format!("{text:?}: a star is a wildcard only at one end, others are ordinary characters"),
-            );
-        }
-    }
 }
 
 /// An identity as policies write it has no scheme (policy H-7).

@@ -69,10 +69,8 @@ pub(super) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(super) fn open(item: &Item<'a>) -> Result<Self, Fault> {
-        match item.value {
-            Value::Object(map) => Ok(Self { path: item.path.clone(), map, known: Vec::new() }),
-            other => Err(Fault::new(&item.path, other, "a mapping", "write key: value pairs")),
-        }
+        let map = item.value.as_object().ok_or_else(|| item.fault("a mapping", "write key: value pairs"))?;
+        Ok(Self { path: item.path.clone(), map, known: Vec::new() })
     }
 
     /// The fields beneath `spec`. A missing or null spec counts as empty.
@@ -155,13 +153,12 @@ impl<'a> Fields<'a> {
                 "write key: \"value\" pairs",
             ));
         };
-        let entry = |(key, value): (&String, &Value)| match value {
-            Value::String(text) => Ok((key.clone(), text.clone())),
-            other => {
-                Err(Fault::new(&format!("{}.{key}", item.path), other, "a string", "put the value in quotes"))
-            }
-        };
-        map.iter().map(entry).collect::<Result<_, _>>().map(Some)
+        let mut labels = BTreeMap::new();
+        for (key, value) in map {
+            let entry = Item { path: format!("{}.{key}", item.path), value };
+            labels.insert(key.clone(), entry.text()?.to_owned());
+        }
+        Ok(Some(labels))
     }
 
     /// One of the names of an enumeration, the first of which stands for absent.
@@ -207,23 +204,15 @@ impl<'a> Item<'a> {
     }
 
     pub(super) fn items(&self) -> Result<Vec<Item<'a>>, Fault> {
-        match self.value {
-            Value::Array(values) => Ok(values
-                .iter()
-                .enumerate()
-                .map(|(index, value)| Item { path: format!("{}[{index}]", self.path), value })
-                .collect()),
-            _ => Err(self.fault("a list", "write [a, b], or one entry a line, each with a dash")),
-        }
+        let expected = || self.fault("a list", "write [a, b], or one entry a line, each with a dash");
+        let values = self.value.as_array().ok_or_else(expected)?.iter().enumerate();
+        Ok(values.map(|(index, value)| Item { path: format!("{}[{index}]", self.path), value }).collect())
     }
 
     /// A port as the protobuf JSON mapping of an int32 allows it: a number, or the number in quotes.
     pub(super) fn port_number(&self) -> Option<u16> {
-        match self.value {
-            Value::Number(number) => u16::try_from(number.as_u64()?).ok(),
-            Value::String(text) => port(text),
-            _ => None,
-        }
+        let number = self.value.as_u64().and_then(|number| u16::try_from(number).ok());
+        number.or_else(|| self.value.as_str().and_then(port))
     }
 }
 
@@ -269,21 +258,24 @@ pub(super) fn ports(items: &[Item<'_>], warnings: &mut Warnings) -> Usable<u16> 
     usable(items, "a port number from 0 to 65535", warnings, port)
 }
 
-/// Reads patterns, warning of a star that is no wildcard where it stands (policy B-5).
+/// Warns of a star that is no wildcard where it stands (policy B-5).
+pub(super) fn warn_of_stars(items: &[Item<'_>], warnings: &mut Warnings) {
+    for item in items {
+        let text = item.value.as_str().unwrap_or_default();
+        if star_is_misplaced(text) {
+            let sentence = "a star is a wildcard only at one end, others are ordinary characters";
+            warnings.say(&item.path, format!("{text:?}: {sentence}"));
+        }
+    }
+}
+
+/// Reads patterns, all of which can be used.
 pub(super) fn patterns<T>(
     items: &[Item<'_>],
     warnings: &mut Warnings,
     read: impl Fn(&str) -> T,
 ) -> Usable<T> {
-    for item in items {
-        let text = item.value.as_str().unwrap_or_default();
-        if star_is_misplaced(text) {
-            warnings.say(
-                &item.path,
-                format!("{text:?}: a star is a wildcard only at one end, others are ordinary characters"),
-            );
-        }
-    }
+    warn_of_stars(items, warnings);
     Usable {
         values: items.iter().filter_map(|item| item.value.as_str()).map(read).collect(),
         has_unusable: false,

@@ -282,16 +282,17 @@ fn peer_authentication_effect(body: &PeerAuthentication, scope: &str) -> String 
 fn switch_effect(switch: &Switch) -> String {
     let listed = || {
         let names = switch.listed.namespaces.iter().chain(&switch.listed.services);
-        names.map(String::as_str).collect::<Vec<_>>().join(", ")
+        let names = names.map(String::as_str).collect::<Vec<_>>().join(", ");
+        if names.is_empty() { "nothing".to_owned() } else { names }
     };
     let place = match switch.mode {
         Mode::Off => return "RBAC is off".to_owned(),
         Mode::On => "everywhere".to_owned(),
         Mode::OnWithInclusion => {
-            format!("for {}", Some(listed()).filter(|l| !l.is_empty()).unwrap_or("nothing".into()))
+            format!("for {}", listed())
         }
         Mode::OnWithExclusion => {
-            format!("except for {}", Some(listed()).filter(|l| !l.is_empty()).unwrap_or("nothing".into()))
+            format!("except for {}", listed())
         }
     };
     let only_seen = if switch.is_permissive { ", but nobody is refused" } else { "" };

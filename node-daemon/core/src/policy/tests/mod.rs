@@ -171,7 +171,7 @@ fn document(line: &str) -> Value {
     if dry_run {
         metadata["annotations"] = json!({"istio.io/dry-run": "true"});
     }
-    let (kind, version) = kind.split_once('@').unwrap_or((kind, api_version(kind)));
+    let (kind, version) = kind.split_once('@').unwrap_or_else(|| (kind, api_version(kind)));
     let spec: Value = serde_saphyr::from_str(spec).expect("the test's spec is YAML");
     json!({"apiVersion": version, "kind": kind, "metadata": metadata, "spec": spec})
 }
