@@ -4,7 +4,7 @@
 //! enrolments, who opened a connection ([`Origins`]), counters. The single writer of every map; aya's types stay inside.
 //! Nothing here knows of identities, certificates or policy, and nothing here makes routes, rules or sysctls.
 //!
-//! The contract (written down before the code, kept up to date):
+//! The order of calls, and who else does what in between:
 //! ```text
 //! Kernel::start(&KernelConfig) -> Result<Kernel, KernelError>          // once the first full snapshot is there: takes the epoch
 //! kernel.remembered() -> Vec<Remembered>                               // what a predecessor pinned and nobody steered yet
@@ -19,8 +19,9 @@
 //! kernel.exempt() -> Exempt        Exempt::mark(&self, BorrowedFd)     // before connect(), on each of the daemon's sockets
 //! kernel.origins() -> Origins      Origins::take(client, target) -> Option<WorkloadNumber>   // host listeners: who dialled?
 //! kernel.deliveries() -> Deliveries
+//!     Deliveries::is_own(number, client) -> Result<bool, _>              // then a plain socket delivers: no lo, no mark
 //!     Deliveries::announce(number, source, target) -> Result<Announced, _>  // host deliveries: after bind(), before connect();
-//!                                                                      // keep the guard for the life of the connection
+//!                                                                      // keep the answer until the connection stands
 //! kernel.counters() -> Result<Vec<(&'static str, u64)>, _>             // labels of DropReason and Verdict
 //! kernel.is_owner() -> Result<bool, _>                                 // false: a successor writes, only drain
 //! kernel.retire_older_schemas() -> Result<Report, _>                   // after all workloads are steered
@@ -38,6 +39,8 @@ mod attach;
 
 mod maps;
 
+mod enrolment;
+
 mod origins;
 
 use std::{
@@ -45,19 +48,19 @@ use std::{
     fmt,
     net::IpAddr,
     os::fd::BorrowedFd,
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use ebpf_abi::{
-    DropReason, PortAction, SocketSlot, SteerMeta, Verdict, WorkloadNumber,
-    limits::KEY_LEN_MAX,
-    names::{self, STATE_CGROUP, STATE_EPOCH, STATE_LAST_NUMBER},
+    DropReason, PortAction, Verdict, WorkloadNumber,
+    names::{self, STATE_CGROUP, STATE_EPOCH},
 };
 
 pub use error::{KernelError, Report};
 pub use origins::{Announced, Deliveries, Exempt, Origins};
 
-use crate::sys::{cgroup::cgroup_id, namespace_cookie};
+use crate::sys::cgroup::cgroup_id;
+use enrolment::{Workload, check_listeners};
 use load::Purpose;
 use maps::{Shared, Steering};
 use pins::Pins;
@@ -81,7 +84,7 @@ pub struct KernelConfig {
 /// A workload that is to be put under capture.
 #[derive(Debug)]
 pub struct EnrolTarget<'a> {
-    /// "<namespace>_<name>", at most [`KEY_LEN_MAX`] bytes; the same for the same workload after a restart.
+    /// "<namespace>_<name>", at most [`ebpf_abi::limits::KEY_LEN_MAX`] bytes; the same for the same workload after a restart.
     pub key: String,
     /// Its network namespace; borrowed only, so that a dead workload's namespace can go.
     pub netns: BorrowedFd<'a>,
@@ -136,20 +139,6 @@ impl fmt::Debug for Kernel {
             .field("workloads", &self.workloads)
             .finish_non_exhaustive()
     }
-}
-
-#[derive(Debug)]
-struct Workload {
-    key: String,
-    cookie: u64,
-    folder: PathBuf,
-    addresses: BTreeSet<IpAddr>,
-    /// Exempt ports of a pod, inbound ports of a host workload.
-    ports: BTreeSet<u16>,
-    /// Id of the cgroup to which its programs are attached; 0 for a pod.
-    cgroup: u64,
-    /// `None` until this daemon steers it: then a predecessor enrolled it and nobody declared it yet.
-    kind: Option<WorkloadKind>,
 }
 
 impl Kernel {
@@ -210,7 +199,7 @@ impl Kernel {
     }
 
     /// Hands connections that arrive in the workload's namespace to `sockets`, which are in the order of
-    /// [`SocketSlot::ALL`], listen, and belong to that namespace. Where a predecessor did so already the slots are swapped:
+    /// [`ebpf_abi::SocketSlot::ALL`], listen, and belong to that namespace. Where a predecessor did so already the slots are swapped:
     /// no connection is lost (T-24).
     ///
     /// Routes, rules and sysctls come after this, then [`Self::capture`].
@@ -362,218 +351,6 @@ impl Kernel {
         }
         Ok(report)
     }
-
-    fn steer_pod(
-        &mut self,
-        number: WorkloadNumber,
-        target: &EnrolTarget<'_>,
-        sockets: [BorrowedFd<'_>; 3],
-    ) -> Result<(), KernelError> {
-        let folder = self.folder(number, target)?;
-        let addresses: BTreeSet<IpAddr> = target.addresses.iter().copied().collect();
-        let ports: BTreeSet<u16> = target.exempt_ports.iter().copied().collect();
-        let swap = self.workloads.contains_key(&number) && is_same_program(&folder);
-        let mut instance = if swap {
-            None
-        } else {
-            pins::make(&folder)?;
-            Some(load::instance(Purpose::SteerPod { folder: &folder }, self.config.mark, &self.pins.maps())?)
-        };
-        let mut steering = Steering::open(&folder)?;
-        steering.set_addresses(&addresses)?;
-        steering.set_ports(&ports, PortAction::Exempt)?;
-        steering.set_sockets(sockets)?;
-        if let Some(instance) = &mut instance {
-            attach::to_namespace(instance, target.netns, &folder)?;
-        }
-        maps::set_meta(&folder, &meta_of(number, target, 0))?;
-        let workload = Workload {
-            key: target.key.clone(),
-            cookie: target.cookie,
-            folder,
-            addresses,
-            ports,
-            cgroup: 0,
-            kind: Some(WorkloadKind::Pod),
-        };
-        self.shared.set_own_addresses(number, &workload.addresses)?;
-        self.workloads.insert(number, workload);
-        Ok(())
-    }
-
-    /// All host workloads share the instance of the host's namespace and its listeners.
-    fn steer_host(
-        &mut self,
-        number: WorkloadNumber,
-        target: &EnrolTarget<'_>,
-        ports: &[u16],
-        sockets: [BorrowedFd<'_>; 3],
-    ) -> Result<(), KernelError> {
-        let host = self.pins.host();
-        if let Ok(present) = maps::meta(&host)
-            && present.netns_cookie != target.cookie
-        {
-            if self.workloads.values().any(|other| other.cgroup != 0 && other.kind.is_some()) {
-                return Err(KernelError::NotInHost {
-                    key: target.key.clone(),
-                    expected: present.netns_cookie,
-                    found: target.cookie,
-                });
-            }
-            // The daemon runs in another namespace than its predecessor.
-            pins::remove(&host, &mut Report::default())?;
-        }
-        let folder = self.folder(number, target)?;
-        let attached = self.workloads.get(&number).map_or(0, |workload| workload.cgroup);
-        let wanted: BTreeSet<u16> = ports.iter().copied().collect();
-        let mut instance = if is_same_program(&host) {
-            None
-        } else {
-            pins::make(&host)?;
-            Some(load::instance(Purpose::SteerHost { folder: &host }, self.config.mark, &self.pins.maps())?)
-        };
-        let mut steering = Steering::open(&host)?;
-        steering.add_ports(&wanted, PortAction::Inbound)?;
-        steering.set_sockets(sockets)?;
-        if let Some(instance) = &mut instance {
-            attach::to_namespace(instance, target.netns, &host)?;
-        }
-        maps::set_meta(&host, &meta_of(WorkloadNumber::NONE, target, 0))?;
-        pins::make(&folder)?;
-        self.make_meta(number, &folder)?;
-        // An id that no cgroup has says "a host workload, attached to nothing yet".
-        let cgroup = if attached == 0 { CGROUP_NONE } else { attached };
-        maps::set_meta(&folder, &meta_of(number, target, cgroup))?;
-        let workload = Workload {
-            key: target.key.clone(),
-            cookie: target.cookie,
-            folder,
-            addresses: target.addresses.iter().copied().collect(),
-            ports: wanted,
-            cgroup,
-            kind: Some(target.kind.clone()),
-        };
-        self.shared.set_own_addresses(number, &workload.addresses)?;
-        self.workloads.insert(number, workload);
-        self.write_host()
-    }
-
-    /// Pins the one map of its own that a host workload has.
-    fn make_meta(&self, number: WorkloadNumber, folder: &Path) -> Result<(), KernelError> {
-        if maps::meta(folder).is_ok() {
-            return Ok(());
-        }
-        let purpose = Purpose::HostWorkload { number, netns_cookie: 0 };
-        let mut instance = load::instance(purpose, self.config.mark, &self.pins.maps())?;
-        maps::pin(&mut instance, names::MAP_STEER_META, folder)
-    }
-
-    fn attach_to_host_workload(&mut self, number: WorkloadNumber, cgroup: &Path) -> Result<(), KernelError> {
-        let workload = self.workloads.get_mut(&number).ok_or(KernelError::Unknown(number))?;
-        let id = cgroup_id(cgroup).map_err(KernelError::file(cgroup, "using the cgroup"))?;
-        let purpose = Purpose::HostWorkload { number, netns_cookie: workload.cookie };
-        let mut instance = load::instance(purpose, self.config.mark, &self.pins.maps())?;
-        attach::to_cgroup(&mut instance, cgroup, &workload.folder, workload.cgroup == id)?;
-        let mut meta = maps::meta(&workload.folder)?;
-        meta.cgroup = id;
-        maps::set_meta(&workload.folder, &meta)?;
-        workload.cgroup = id;
-        Ok(())
-    }
-
-    /// Addresses of the host and ports of all host workloads. While some of a predecessor are not steered yet, theirs are kept: closed.
-    fn write_host(&self) -> Result<(), KernelError> {
-        let hosts = || self.workloads.values().filter(|workload| workload.cgroup != 0);
-        let ports: BTreeSet<u16> = hosts().flat_map(|workload| workload.ports.iter().copied()).collect();
-        if !self.pins.host().join(names::MAP_STEER_PORTS).exists() {
-            // A predecessor crashed between a host workload and the instance of the host.
-            return Ok(());
-        }
-        let mut steering = Steering::open(&self.pins.host())?;
-        let addresses: BTreeSet<IpAddr> =
-            hosts().flat_map(|workload| workload.addresses.iter().copied()).collect();
-        steering.set_addresses(&addresses)?;
-        if hosts().any(|workload| workload.kind.is_none()) {
-            return steering.add_ports(&ports, PortAction::Inbound);
-        }
-        steering.set_ports(&ports, PortAction::Inbound)
-    }
-
-    /// The enrolment that a target continues, if there is one. Another enrolment of the same workload, or a forgotten one of
-    /// the same namespace, ends here.
-    fn find(&mut self, target: &EnrolTarget<'_>) -> Result<Option<WorkloadNumber>, KernelError> {
-        let is_pod = target.kind == WorkloadKind::Pod;
-        let mut continued = None;
-        let mut ended = Vec::new();
-        for (number, workload) in &self.workloads {
-            let same_kind = is_pod == (workload.cgroup == 0);
-            if workload.key == target.key && workload.cookie == target.cookie && same_kind {
-                continued = Some(*number);
-            } else if workload.key == target.key {
-                ended.push(*number);
-            } else if is_pod && workload.cgroup == 0 && workload.cookie == target.cookie {
-                if workload.kind.is_some() {
-                    return Err(KernelError::NamespaceTaken {
-                        key: target.key.clone(),
-                        cookie: target.cookie,
-                        holder: workload.key.clone(),
-                    });
-                }
-                ended.push(*number);
-            }
-        }
-        for number in ended {
-            self.release(number)?;
-        }
-        Ok(continued)
-    }
-
-    /// Where an enrolment is pinned; a new one finds nothing there.
-    fn folder(&self, number: WorkloadNumber, target: &EnrolTarget<'_>) -> Result<PathBuf, KernelError> {
-        if let Some(workload) = self.workloads.get(&number) {
-            return Ok(workload.folder.clone());
-        }
-        let folder = self.pins.workload(&target.key)?;
-        pins::remove(&folder, &mut Report::default())?;
-        Ok(folder)
-    }
-
-    fn next_number(&mut self) -> Result<WorkloadNumber, KernelError> {
-        let last = self.shared.state(STATE_LAST_NUMBER)?;
-        let next = u32::try_from(last + 1).unwrap_or(1);
-        self.shared.set_state(STATE_LAST_NUMBER, u64::from(next))?;
-        Ok(WorkloadNumber(next))
-    }
-
-    /// Reads back what is pinned. What is not complete goes: a predecessor crashed while it made or removed it.
-    fn remember(&mut self) -> Result<(), KernelError> {
-        for folder in pins::list(&self.pins.workloads())? {
-            let Some((key, meta)) = maps::meta(&folder).ok().and_then(|meta| Some((key_of(&meta)?, meta)))
-            else {
-                pins::remove(&folder, &mut Report::default())?;
-                continue;
-            };
-            let workload = Workload {
-                key,
-                cookie: meta.netns_cookie,
-                folder,
-                addresses: BTreeSet::new(),
-                ports: BTreeSet::new(),
-                cgroup: meta.cgroup,
-                kind: None,
-            };
-            self.workloads.insert(meta.number, workload);
-        }
-        Ok(())
-    }
-
-    fn check_owner(&self) -> Result<(), KernelError> {
-        let current = self.shared.state(STATE_EPOCH)?;
-        if current != self.epoch {
-            return Err(KernelError::NotOwner { ours: self.epoch, current });
-        }
-        Ok(())
-    }
 }
 
 /// Removes every link, map and pin of this node, of all schema versions. What was captured is not captured any more.
@@ -589,44 +366,3 @@ pub fn cleanup(config: &KernelConfig) -> Result<Report, KernelError> {
     }
     Ok(report)
 }
-
-/// The kernel takes a listener of any namespace, and then shakes hands in the wrong one: clients would time out.
-fn check_listeners(target: &EnrolTarget<'_>, sockets: [BorrowedFd<'_>; 3]) -> Result<(), KernelError> {
-    for (slot, socket) in SocketSlot::ALL.into_iter().zip(sockets) {
-        let found = namespace_cookie(socket).map_err(KernelError::file(
-            format!("{slot:?} listener of {}", target.key),
-            "reading its namespace",
-        ))?;
-        if found != target.cookie {
-            let key = target.key.clone();
-            return Err(KernelError::ForeignListener { key, slot, expected: target.cookie, found });
-        }
-    }
-    Ok(())
-}
-
-/// Whether a folder holds a complete instance whose program is the one of this build.
-fn is_same_program(folder: &Path) -> bool {
-    folder.join(names::PROGRAM_STEER).exists()
-        && maps::meta(folder).is_ok_and(|meta| meta.object == load::object_hash())
-}
-
-fn meta_of(number: WorkloadNumber, target: &EnrolTarget<'_>, cgroup: u64) -> SteerMeta {
-    let mut key = [0; KEY_LEN_MAX];
-    let mut key_len = 0;
-    for (place, byte) in key.iter_mut().zip(target.key.bytes()) {
-        *place = byte;
-        key_len += 1;
-    }
-    SteerMeta { netns_cookie: target.cookie, object: load::object_hash(), cgroup, number, key_len, key }
-}
-
-/// The key in an entry that was written completely.
-fn key_of(meta: &SteerMeta) -> Option<String> {
-    let key = meta.key.get(..usize::try_from(meta.key_len).ok()?)?;
-    let key = String::from_utf8(key.to_vec()).ok()?;
-    (!key.is_empty() && meta.number != WorkloadNumber::NONE).then_some(key)
-}
-
-/// No cgroup has this id.
-const CGROUP_NONE: u64 = u64::MAX;

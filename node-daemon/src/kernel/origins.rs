@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::BorrowedFd,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -10,7 +10,7 @@ use std::{
 
 use aya::maps::{HashMap, Map, MapData, MapError, SkStorage};
 use ebpf_abi::{
-    Delivery, ExemptRecord, Origin, Tuple, WorkloadNumber,
+    Delivery, ExemptRecord, Origin, OwnAddressKey, Tuple, WorkloadNumber,
     limits::{self, ORIGIN_AFTER_CLOSE_NANOS},
     names,
 };
@@ -106,19 +106,33 @@ fn is_current(origin: &Origin, now_nanos: u64) -> bool {
 
 /// Announces the daemon's own deliveries inside the host's namespace, so that they are not steered back to it.
 #[derive(Clone)]
-pub struct Deliveries(Arc<Mutex<HashMap<MapData, Tuple, Delivery>>>);
+pub struct Deliveries {
+    announced: Arc<Mutex<HashMap<MapData, Tuple, Delivery>>>,
+    own_addresses: Arc<HashMap<MapData, OwnAddressKey, u8>>,
+}
 
 impl Deliveries {
     pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
-        let map = HashMap::try_from(Map::HashMap(pinned(folder, names::MAP_DELIVERIES)?))
+        let announced = HashMap::try_from(Map::HashMap(pinned(folder, names::MAP_DELIVERIES)?))
             .during(|| opening(names::MAP_DELIVERIES))?;
-        Ok(Self(Arc::new(Mutex::new(map))))
+        let own_addresses = HashMap::try_from(Map::HashMap(pinned(folder, names::MAP_OWN_ADDRESSES)?))
+            .during(|| opening(names::MAP_OWN_ADDRESSES))?;
+        Ok(Self { announced: Arc::new(Mutex::new(announced)), own_addresses: Arc::new(own_addresses) })
+    }
+
+    /// Whether an address is one of the namespace of this workload: a client that has it is a process of this host.
+    pub fn is_own(&self, workload: WorkloadNumber, address: IpAddr) -> Result<bool, KernelError> {
+        match self.own_addresses.get(&OwnAddressKey { workload, address: address.into() }, 0) {
+            Ok(_) => Ok(true),
+            Err(MapError::KeyNotFound) => Ok(false),
+            Err(error) => Err(error).during(|| reading(names::MAP_OWN_ADDRESSES)),
+        }
     }
 
     /// Announces the connection that a socket is about to make from `source` (an exact port: announce after `bind`, before
     /// `connect`). The socket is bound to `lo`, marked and transparent, as in a pod, except where `source` is an address of
     /// the host itself: the answers to a local client come by its own interface, so that socket is a plain one. The answer
-    /// is to be kept for the life of the connection.
+    /// is to be kept until the connection stands: after that no listener is looked up for it.
     pub fn announce(
         &self,
         workload: WorkloadNumber,
@@ -126,7 +140,7 @@ impl Deliveries {
         target: SocketAddr,
     ) -> Result<Announced, KernelError> {
         let tuple = Tuple::new(source, target);
-        let inserted = locked(&self.0).insert(&tuple, &Delivery { workload }, 0);
+        let inserted = locked(&self.announced).insert(&tuple, &Delivery { workload }, 0);
         within(inserted, names::MAP_DELIVERIES, limits::DELIVERIES_MAX)?;
         Ok(Announced { deliveries: self.clone(), tuple })
     }
@@ -134,7 +148,7 @@ impl Deliveries {
     /// Removes what a predecessor announced: a tuple that it no longer holds could be bound by somebody else. Its
     /// established connections need no entry.
     pub(super) fn sweep(&self) -> Result<(), KernelError> {
-        let mut deliveries = locked(&self.0);
+        let mut deliveries = locked(&self.announced);
         let announced: Vec<Tuple> =
             deliveries.keys().collect::<Result<_, _>>().during(|| reading(names::MAP_DELIVERIES))?;
         for tuple in announced {
@@ -161,7 +175,7 @@ pub struct Announced {
 impl Drop for Announced {
     fn drop(&mut self) {
         // Nothing is lost if this fails: the entry names a tuple that only a socket of the daemon can hold.
-        let _: Result<(), MapError> = locked(&self.deliveries.0).remove(&self.tuple);
+        let _: Result<(), MapError> = locked(&self.deliveries.announced).remove(&self.tuple);
     }
 }
 
