@@ -83,15 +83,14 @@ async fn keep(
     told: mpsc::Sender<Told>,
 ) {
     let cookie = namespace.cookie();
-    let mut last_report: Option<Instant> = None;
+    let mut reports = Reports { told, last: None, waiting: None };
     let mut next_look = Instant::now();
     loop {
-        let mut wanted_changed = false;
         tokio::select! {
             noticed = notices.changed() => {
                 if let Err(error) = noticed {
                     // Without notices the regular look remains.
-                    tell(&told, &mut last_report, Told::Failed { cookie, problem: format!("watching: {error}") }).await;
+                    reports.tell(Told::Failed { cookie, problem: format!("watching: {error}") }).await;
                     sleep_until(Instant::now() + LOOK_ANYWAY).await;
                 }
             }
@@ -99,50 +98,97 @@ async fn keep(
                 if changed.is_err() {
                     return;
                 }
-                wanted_changed = true;
+            }
+            () = reports.due() => {
+                reports.tell_waiting().await;
+                continue;
             }
             () = sleep_until(Instant::now() + LOOK_ANYWAY) => {}
         }
         sleep_until(next_look).await;
+        let wanted_changed = want.has_changed().unwrap_or(true);
         let wanted = want.borrow_and_update().clone();
         let settings = sysctl::apply(&namespace);
         let looked = routes::ensure(&namespace, &wanted).await;
         next_look = Instant::now() + LOOK_PAUSE;
         match settings {
             Ok(0) => {}
-            Ok(_) => tell(&told, &mut last_report, Told::Repaired { cookie, what: "settings" }).await,
-            Err(error) => {
-                tell(&told, &mut last_report, Told::Failed { cookie, problem: error.to_string() }).await;
-            }
+            Ok(_) => reports.tell(Told::Repaired { cookie, what: "settings" }).await,
+            Err(error) => reports.tell(Told::Failed { cookie, problem: error.to_string() }).await,
         }
         match looked {
             Ok((changed, addresses)) => {
                 let own_doing = wanted_changed || addresses != known;
                 if addresses != known {
                     known.clone_from(&addresses);
-                    if told.send(Told::Addresses { cookie, addresses }).await.is_err() {
-                        return;
-                    }
+                    reports.send(Told::Addresses { cookie, addresses }).await;
                 }
-                if changed.rules > 0 {
-                    tell(&told, &mut last_report, Told::Repaired { cookie, what: "rules" }).await;
+                if changed.rules > 0 && !own_doing {
+                    reports.tell(Told::Repaired { cookie, what: "rules" }).await;
                 } else if changed.routes > 0 && !own_doing {
-                    tell(&told, &mut last_report, Told::Repaired { cookie, what: "routes" }).await;
+                    reports.tell(Told::Repaired { cookie, what: "routes" }).await;
                 }
             }
-            Err(error) => {
-                tell(&told, &mut last_report, Told::Failed { cookie, problem: error.to_string() }).await;
-            }
+            Err(error) => reports.tell(Told::Failed { cookie, problem: error.to_string() }).await,
         }
     }
 }
 
-async fn tell(told: &mpsc::Sender<Told>, last_report: &mut Option<Instant>, what: Told) {
-    let now = Instant::now();
-    if last_report.is_some_and(|last| now < last + REPORT_PAUSE) {
-        return;
+/// Reports at a bounded rate: the first at once, then the latest of each pause.
+struct Reports {
+    told: mpsc::Sender<Told>,
+    last: Option<Instant>,
+    waiting: Option<Told>,
+}
+
+impl Reports {
+    async fn tell(&mut self, what: Told) {
+        self.waiting = Some(what);
+        if self.last.is_none_or(|last| Instant::now() >= last + REPORT_PAUSE) {
+            self.tell_waiting().await;
+        }
     }
-    *last_report = Some(now);
-    // Nobody listens any more: the enrolment is ending.
-    let _ = told.send(what).await;
+
+    async fn tell_waiting(&mut self) {
+        if let Some(what) = self.waiting.take() {
+            self.last = Some(Instant::now());
+            self.send(what).await;
+        }
+    }
+
+    /// Ends when a report that had to wait may be told; never where none waits.
+    async fn due(&self) {
+        match (&self.waiting, self.last) {
+            (Some(_), Some(last)) => sleep_until(last + REPORT_PAUSE).await,
+            _ => std::future::pending().await,
+        }
+    }
+
+    async fn send(&self, what: Told) {
+        // Where nobody listens any more the enrolment is ending.
+        let _ = self.told.send(what).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_repairs_is_told_once_a_pause_and_its_last_is_not_lost() {
+        let (told, mut heard) = mpsc::channel(64);
+        let mut reports = Reports { told, last: None, waiting: None };
+        for _ in 0..50 {
+            reports.tell(Told::Repaired { cookie: 1, what: "rules" }).await;
+        }
+        reports.tell(Told::Failed { cookie: 1, problem: "the last".to_owned() }).await;
+        assert!(matches!(heard.try_recv(), Ok(Told::Repaired { .. })));
+        assert!(heard.try_recv().is_err(), "the rest waits");
+        let before = Instant::now();
+        reports.due().await;
+        assert_eq!(Instant::now() - before, REPORT_PAUSE);
+        reports.tell_waiting().await;
+        assert!(matches!(heard.try_recv(), Ok(Told::Failed { .. })));
+        assert!(heard.try_recv().is_err());
+    }
 }

@@ -504,12 +504,12 @@ impl Reconciler {
         let cookie = namespace.cookie();
         if let Some(place) = self.places.get_mut(&cookie) {
             place.tenants.insert(workload.name.clone());
-            // What a place has of the same workload from before may hold another handle of the same namespace.
             let want = self.want(cookie, Some(workload));
-            routes::ensure(namespace, &want).await?;
             if let Some(place) = self.places.get(&cookie) {
-                place.keeper.want(want);
+                // First, or the keeper would take this for somebody else's doing.
+                place.keeper.want(want.clone());
             }
+            routes::ensure(namespace, &want).await?;
             return Ok(());
         }
         let setting = |source| Refusal::Call { call: "setting sysctls", source };
