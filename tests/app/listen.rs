@@ -71,14 +71,21 @@ impl Listeners {
         locked(&self.record.accepted).clone()
     }
 
-    /// Waits for a number of connections, and for their end if wished.
-    pub(crate) fn wait(&self, count: usize, ended: bool, limit: Duration) -> Result<Vec<Accepted>, Failure> {
+    /// Waits for a number of connections after the first `after`, and for their end if wished.
+    pub(crate) fn wait(
+        &self,
+        after: usize,
+        count: usize,
+        ended: bool,
+        limit: Duration,
+    ) -> Result<Vec<Accepted>, Failure> {
         let deadline = Instant::now() + limit;
         let mut accepted = locked(&self.record.accepted);
         loop {
-            let reached = accepted.iter().filter(|one| !ended || one.end.is_some()).count();
+            let new = accepted.get(after..).unwrap_or_default();
+            let reached = new.iter().filter(|one| !ended || one.end.is_some()).count();
             if reached >= count {
-                return Ok(accepted.clone());
+                return Ok(new.to_vec());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

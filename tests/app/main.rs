@@ -70,9 +70,9 @@ impl Application {
         match command {
             Command::Listen(wanted) => self.listen(&wanted),
             Command::Accepted { listener } => Ok(Answer::Accepted(self.listener(listener)?.accepted())),
-            Command::WaitAccepted { listener, count, ended, timeout_ms } => {
+            Command::WaitAccepted { listener, after, count, ended, timeout_ms } => {
                 let listener = self.listener(listener)?;
-                listener.wait(count, ended, Duration::from_millis(timeout_ms)).map(Answer::Accepted)
+                listener.wait(after, count, ended, Duration::from_millis(timeout_ms)).map(Answer::Accepted)
             }
             Command::CloseListener { listener } => self.close_listener(listener),
             Command::Connect(wanted) => self.connect(&wanted),

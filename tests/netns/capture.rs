@@ -147,10 +147,10 @@ fn captured(photo: &Photo, way: &Way, family: Family) {
     assert_eq!(frontend.receive(&connection, NEEDLE.len()).as_deref(), Ok(NEEDLE));
     assert_eq!(frontend.exchange(&connection, NEEDLE).as_deref(), Ok(NEEDLE));
 
-    let accepted = datastore.wait_accepted(photo.listeners.echo, before + 1, false);
-    let peer = canonical(accepted[before].peer);
+    let accepted = datastore.wait_accepted(photo.listeners.echo, before, 1, false);
+    let peer = canonical(accepted[0].peer);
     assert_eq!(peer.ip(), frontend.ip(family), "accept shows the client's own address");
-    assert_eq!(canonical(accepted[before].local), to, "the application is reached at its own address");
+    assert_eq!(canonical(accepted[0].local), to, "the application is reached at its own address");
     assert_listed(photo, &connection, peer, to);
 
     frontend.close(&connection);
@@ -268,7 +268,9 @@ fn own_listeners(photo: &Photo, family: Family) {
             let mut connect = Connect::to(world::at(ip, *port));
             connect.timeout_ms = 5_000;
             let asked = frontend.ask(connect, "GET / HTTP/1.1\r\n\r\n");
-            assert_eq!(asked.text, "", "a listener of the proxy answered at {ip}:{port}");
+            // The tunnel's listener may say why it closes, as TLS does: an alert record.
+            let silent = asked.text.is_empty() || asked.text.starts_with('\u{15}');
+            assert!(silent, "a listener of the proxy answered at {ip}:{port}: {:?}", asked.text);
             assert_ne!(asked.end, "EAGAIN", "closed, not left open: {ip}:{port}");
         }
     }
@@ -295,8 +297,8 @@ fn half_close(photo: &Photo, family: Family) {
     assert_eq!((ended.bytes, ended.end.as_str()), (6, "eof"));
     frontend.send(&connection, "and now I").expect("this half is open");
     frontend.shutdown_write(&connection);
-    let accepted = datastore.wait_accepted(listeners.farewell, before + 1, true);
-    let last = &accepted[before];
+    let accepted = datastore.wait_accepted(listeners.farewell, before, 1, true);
+    let last = &accepted[0];
     assert_eq!((last.received, last.end.as_deref()), (9, Some("eof")));
     frontend.close(&connection);
     // The client ends its half, and goes on hearing: what bulk does with every transfer.
@@ -311,8 +313,8 @@ fn reset(photo: &Photo, family: Family) {
     let connection = frontend.connect(Connect::to(datastore.at(family, ECHO)));
     assert_eq!(frontend.exchange(&connection, "x").as_deref(), Ok("x"));
     frontend.reset(&connection);
-    let accepted = datastore.wait_accepted(listeners.echo, before + 1, true);
-    assert_eq!(accepted[before].end.as_deref(), Some("ECONNRESET"));
+    let accepted = datastore.wait_accepted(listeners.echo, before, 1, true);
+    assert_eq!(accepted[0].end.as_deref(), Some("ECONNRESET"));
 }
 
 fn closed_port(photo: &Photo, family: Family) {

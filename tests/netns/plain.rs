@@ -25,7 +25,7 @@ fn bytes_between_the_nodes_are_seen_on_the_wire() {
         assert!(seen.plaintext_bytes() >= 200 * MIB, "{} bytes seen", seen.plaintext_bytes());
         assert!(seen.needles > 1000, "{} needles", seen.needles);
     }
-    let peers = server.wait_accepted(listener, 2, true);
+    let peers = server.wait_accepted(listener, 0, 2, true);
     assert_eq!(peers[0].peer.ip().to_canonical(), client.v4());
     assert_eq!(peers[1].peer.ip(), client.v6());
 }

@@ -145,12 +145,18 @@ impl App {
         accepted
     }
 
-    /// Waits until a listener accepted so many, and so many ended if wished.
+    /// Waits until a listener accepted so many after its first `after`, and so many of them ended if wished.
     #[track_caller]
-    pub fn wait_accepted(&self, listener: Listener, count: usize, ended: bool) -> Vec<Accepted> {
+    pub fn wait_accepted(
+        &self,
+        listener: Listener,
+        after: usize,
+        count: usize,
+        ended: bool,
+    ) -> Vec<Accepted> {
         let timeout_ms = 20_000;
         let Answer::Accepted(accepted) =
-            self.must(Command::WaitAccepted { listener: listener.number, count, ended, timeout_ms })
+            self.must(Command::WaitAccepted { listener: listener.number, after, count, ended, timeout_ms })
         else {
             unexpected()
         };

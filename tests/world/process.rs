@@ -155,8 +155,9 @@ impl Log {
     /// The last lines, for a person.
     pub fn tail(&self) -> String {
         let lines = self.lines();
-        let from = lines.all.len().saturating_sub(LINES_SHOWN);
-        lines.all[from..]
+        // A connection that went well explains nothing.
+        let telling = lines.all.iter().filter(|line| line["verdict"] != "allowed").collect::<Vec<_>>();
+        telling[telling.len().saturating_sub(LINES_SHOWN)..]
             .iter()
             .map(|line| line.as_str().map_or_else(|| line.to_string(), str::to_owned))
             .collect::<Vec<_>>()

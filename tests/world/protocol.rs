@@ -35,11 +35,13 @@ pub enum Command {
         /// As answered by `Listen`.
         listener: u64,
     },
-    /// Waits until the listener has accepted this many connections in all, and all of them have ended if
-    /// `ended` is set. Answers [`Answer::Accepted`].
+    /// Waits until the listener has accepted this many connections after its first `after`, and as many of those have
+    /// ended if `ended` is set. Answers [`Answer::Accepted`] with those.
     WaitAccepted {
         /// As answered by `Listen`.
         listener: u64,
+        /// How many are of no interest.
+        after: usize,
         /// How many.
         count: usize,
         /// Whether they must have ended.
