@@ -150,3 +150,81 @@ fn make_folder(path: &Path) -> Result<(), PlaceError> {
     DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(path).map_err(fault)?;
     fs::set_permissions(path, Permissions::from_mode(FOLDER_MODE)).map_err(fault)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A daemon's root, removed with it.
+    struct Base(PathBuf);
+
+    impl Base {
+        fn new(name: &str) -> (Self, Root) {
+            let path = std::env::temp_dir().join(format!("culvert-place-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            let root = Root::new(&path);
+            (Self(path), root)
+        }
+    }
+
+    impl Drop for Base {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn the_first_daemon_owns_the_second_is_its_successor_a_third_is_refused() {
+        // T-24
+        let (_base, root) = Base::new("three");
+        let first = Place::enter(&root).unwrap();
+        assert!(!first.is_successor());
+        let second = Place::enter(&root).unwrap();
+        assert!(second.is_successor());
+        assert!(matches!(Place::enter(&root), Err(PlaceError::Crowded(_))));
+        assert!(matches!(Place::alone(&root), Err(PlaceError::Lock(_))), "no clean-up beside a daemon");
+        drop((first, second));
+        assert!(!Place::enter(&root).unwrap().is_successor());
+    }
+
+    #[test]
+    fn the_folders_are_nobody_else_s() {
+        let (_base, root) = Base::new("modes");
+        fs::create_dir_all(root.runtime()).unwrap();
+        fs::set_permissions(root.runtime(), Permissions::from_mode(0o755)).unwrap();
+        let _place = Place::enter(&root).unwrap();
+        for folder in [root.runtime(), root.state(), root.runtime().join(CANDIDATE)] {
+            assert_eq!(fs::metadata(&folder).unwrap().permissions().mode() & 0o777, 0o700, "{folder:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_predecessor_waits_until_its_successor_has_settled_or_is_dead() {
+        // T-24
+        for dies in [false, true] {
+            let (_base, root) = Base::new(if dies { "dead" } else { "settled" });
+            let mut first = Place::enter(&root).unwrap();
+            let mut second = Place::enter(&root).unwrap();
+            let gave_way = tokio::spawn(async move {
+                first.give_way().await.unwrap();
+                first
+            });
+            second.become_owner().await.unwrap();
+            assert!(!gave_way.is_finished(), "the successor has not settled");
+            if dies {
+                drop(second);
+            } else {
+                second.settled();
+            }
+            gave_way.await.unwrap();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_predecessor_that_hangs_is_not_waited_for_without_end() {
+        let (_base, root) = Base::new("hangs");
+        let _first = Place::enter(&root).unwrap();
+        let mut second = Place::enter(&root).unwrap();
+        assert!(matches!(second.become_owner().await, Err(PlaceError::Stuck)));
+    }
+}

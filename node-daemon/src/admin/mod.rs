@@ -61,3 +61,6 @@ pub struct Views {
     pub kernel: View<Vec<(&'static str, u64)>>,
     pub events: Sink,
 }
+
+#[cfg(test)]
+mod tests;

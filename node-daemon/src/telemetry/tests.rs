@@ -1,7 +1,7 @@
 //! Each event is one line and its counter; no text from outside makes a line of its own.
 
 use std::{
-    io::Write as _,
+    io::{self, Write},
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
@@ -17,12 +17,28 @@ use super::{
     metrics::{LABEL_SETS_MAX, OTHER},
 };
 
+/// Where a test's lines go.
+#[derive(Clone, Default)]
+struct Written(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Written {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// What `told` wrote.
 fn lines(format: LogFormat, told: impl FnOnce()) -> Vec<String> {
-    let written: Arc<Mutex<Vec<u8>>> = Arc::default();
-    let subscriber = log::subscriber(format, EnvFilter::new("trace"), Arc::clone(&written));
+    let written = Written::default();
+    let writer = written.clone();
+    let subscriber = log::subscriber(format, EnvFilter::new("trace"), move || writer.clone());
     tracing::subscriber::with_default(subscriber, told);
-    let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+    let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
     text.lines().map(str::to_owned).collect()
 }
 
@@ -299,7 +315,7 @@ fn beyond_the_limit_of_label_sets_a_new_one_is_counted_as_other_and_the_limit_wi
 
 #[test]
 fn lines_that_find_no_place_are_left_out_and_counted_and_the_rest_is_written_at_the_end() {
-    let (reader, writer) = std::io::pipe().unwrap();
+    let (reader, writer) = io::pipe().unwrap();
     let (mut lines, end) = Lines::start(writer).unwrap();
     // Nobody reads: the pipe fills, then the queue.
     let line = vec![b'x'; 1024];
@@ -312,7 +328,7 @@ fn lines_that_find_no_place_are_left_out_and_counted_and_the_rest_is_written_at_
             break lost;
         }
     };
-    let read = std::thread::spawn(move || std::io::read_to_string(reader).unwrap().len());
+    let read = std::thread::spawn(move || io::read_to_string(reader).unwrap().len());
     drop(end);
     drop(lines);
     assert_eq!(read.join().unwrap() as u64, (sent - lost) * 1024);
