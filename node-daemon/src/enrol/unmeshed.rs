@@ -118,12 +118,11 @@ mod tests {
             .expect("the kernel answers")
             .expect("established");
         drop(client);
-        TcpSocket {
-            local: local.parse().expect("an address"),
-            remote: remote.parse().expect("an address"),
-            state,
-            ..found
-        }
+        let mut described = found;
+        described.local = local.parse().expect("an address");
+        described.remote = remote.parse().expect("an address");
+        described.state = state;
+        described
     }
 
     fn own() -> BTreeSet<IpAddr> {
