@@ -275,13 +275,18 @@ impl Client {
         self.install(&key, issued.chain)
     }
 
-    /// Puts a certificate of the node to use for the connections to come.
+    /// Puts a certificate of the node to use for the connections to come. Its renewal is reckoned from now, not from
+    /// its beginning: authorities date certificates back.
     fn install(&self, key: &PrivateKey, chain: Vec<CertificateDer<'static>>) -> Result<(), AuthorityFailed> {
         let leaf = chain.first().ok_or_else(|| AuthorityFailed::BadAnswer("an empty chain".to_owned()))?;
         let facts = CertificateFacts::read(leaf)?;
+        let now = SystemTime::now();
+        if facts.not_after <= now {
+            return Err(UnusableCertificate::Ended.into());
+        }
         let trust = AuthorityTrust::Bundle(Arc::clone(self.store.trust()));
         let channel = self.channel(self.tls(trust, Some((key, chain)))?);
-        let rotation = Rotation::issued(facts.not_before, facts.not_after, rand::random());
+        let rotation = Rotation::issued(now, facts.not_after, rand::random());
         self.session.store(Some(Arc::new(Session { rotation, channel })));
         self.events.emit(&Event::CertificateIssued {
             identity: self.config.node.to_string(),

@@ -190,8 +190,9 @@ impl<A: Authority> Rotator<A> {
         match installed {
             Ok(credentials) => {
                 slot.renewals += u64::from(slot.rotation.is_some());
+                // From now, not from its beginning: authorities date certificates back.
                 slot.rotation =
-                    Some(Rotation::issued(credentials.not_before(), credentials.not_after(), rand::random()));
+                    Some(Rotation::issued((self.wall)(), credentials.not_after(), rand::random()));
                 (slot.failures, slot.retry_at, slot.backoff, slot.expiry_told) =
                     (0, None, Backoff::new(), false);
                 self.events.emit(&Event::CertificateIssued {
@@ -276,3 +277,6 @@ async fn request<A: Authority>(authority: &A, identity: &SpiffeId) -> Answer {
     let chain = authority.create(identity, request).await?;
     Ok((key, chain))
 }
+
+#[cfg(test)]
+mod tests;

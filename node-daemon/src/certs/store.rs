@@ -59,6 +59,8 @@ pub enum UnusableCertificate {
     Unreadable(String),
     #[error("the certificate's key is not the one that was asked for: {0}")]
     Key(rustls::Error),
+    #[error("the certificate has ended already by this node's clock: compare it with the authority's")]
+    Ended,
 }
 
 impl Credentials {
@@ -316,6 +318,9 @@ impl Store {
     ) -> Result<Arc<Credentials>, UnusableCertificate> {
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         let made = Arc::new(Credentials::new(identity.clone(), key, chain, generation, &self.trust)?);
+        if !made.is_valid_at((self.wall)()) {
+            return Err(UnusableCertificate::Ended);
+        }
         self.table.send_modify(|table| {
             Arc::make_mut(table).insert(identity.clone(), Arc::clone(&made));
         });

@@ -9,13 +9,14 @@ use std::{
 use arc_swap::ArcSwap;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, SanType,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SignatureAlgorithm,
 };
 use rustls::{ClientConfig, ServerConfig, pki_types::CertificateDer};
 use spiffe_id::{SpiffeId, TrustDomain};
+use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer as _};
 
 use super::{
-    key::PrivateKey,
+    key::{PrivateKey, Request},
     store::{ALPN_TUNNEL, Presented, Store, client, server},
     verify::{SharedTrust, Trust, WorkloadServer},
 };
@@ -88,6 +89,17 @@ impl Ca {
 
     /// Leaf and intermediate.
     pub(crate) fn chain(&self, key: &PrivateKey, shape: &Shape) -> Vec<CertificateDer<'static>> {
+        self.chain_for(key.pair(), shape)
+    }
+
+    /// The same for the key of a request.
+    pub(super) fn answer(&self, request: &Request, shape: &Shape) -> Vec<CertificateDer<'static>> {
+        let (_, request) = X509CertificationRequest::from_der(&request.der).expect("a request");
+        let key = request.certification_request_info.subject_pki.subject_public_key.data.to_vec();
+        self.chain_for(&P256(key), shape)
+    }
+
+    fn chain_for(&self, key: &impl PublicKeyData, shape: &Shape) -> Vec<CertificateDer<'static>> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         let uri = |uri: &String| SanType::URI(uri.as_str().try_into().expect("ASCII"));
@@ -98,7 +110,7 @@ impl Ca {
             if shape.is_ca { IsCa::Ca(BasicConstraints::Unconstrained) } else { IsCa::ExplicitNoCa };
         params.extended_key_usages.clone_from(&shape.usages);
         params.key_usages.clone_from(&shape.key_usages);
-        let leaf = params.signed_by(key.pair(), &self.issuer).expect("a leaf");
+        let leaf = params.signed_by(key, &self.issuer).expect("a leaf");
         vec![leaf.der().clone(), self.intermediate.clone()]
     }
 
@@ -141,6 +153,19 @@ impl Ca {
             .dangerous()
             .set_certificate_verifier(Arc::new(WorkloadServer { trust: Arc::clone(trust), allowed }));
         (Arc::new(dialling), Arc::new(server(&presented, trust, &[ALPN_TUNNEL])))
+    }
+}
+
+/// A public key as it stands in a request.
+struct P256(Vec<u8>);
+
+impl PublicKeyData for P256 {
+    fn der_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        &PKCS_ECDSA_P256_SHA256
     }
 }
 
