@@ -111,15 +111,6 @@ enum Seen {
     Unreadable(String),
 }
 
-/// Reads the folder where waiting for a disk stops nobody.
-pub async fn scan(mut folder: Folder) -> (Folder, Vec<Change>) {
-    let scanned = task::spawn_blocking(move || {
-        let changes = folder.scan();
-        (folder, changes)
-    });
-    scanned.await.expect("scanning does not panic, and the runtime lives while it is awaited")
-}
-
 impl Folder {
     pub fn new(path: &Path) -> Self {
         Self { path: path.to_owned(), seen: BTreeMap::new(), problem: None }
@@ -184,7 +175,7 @@ fn parsed(file: &Arc<str>, text: String) -> Change {
 /// A folder and the notices of its changes.
 #[derive(Debug)]
 pub struct Watched {
-    /// Away only while it is scanned.
+    /// Away only while it is scanned; [`Watched::changed`] is not to be dropped then.
     folder: Option<Folder>,
     path: PathBuf,
     notices: Option<Notices>,
@@ -200,8 +191,9 @@ struct Notices {
 }
 
 impl Watched {
-    pub fn new(folder: Folder) -> Self {
-        let mut watched = Self { path: folder.path.clone(), folder: Some(folder), notices: None };
+    /// Begins to watch; what changes from here on is told after the first [`Watched::scan`].
+    pub fn new(path: &Path) -> Self {
+        let mut watched = Self { path: path.to_owned(), folder: Some(Folder::new(path)), notices: None };
         watched.watch();
         watched
     }
@@ -210,8 +202,18 @@ impl Watched {
     pub async fn changed(&mut self) -> Vec<Change> {
         self.notice().await;
         self.watch();
-        let Some(folder) = self.folder.take() else { return Vec::new() };
-        let (folder, changes) = scan(folder).await;
+        self.scan().await
+    }
+
+    /// Reads the folder, where waiting for a disk stops nobody, and tells what changed since the last time.
+    pub async fn scan(&mut self) -> Vec<Change> {
+        let Some(mut folder) = self.folder.take() else { return Vec::new() };
+        let scanned = task::spawn_blocking(move || {
+            let changes = folder.scan();
+            (folder, changes)
+        });
+        let (folder, changes) =
+            scanned.await.expect("scanning does not panic, and the runtime lives while it is awaited");
         self.folder = Some(folder);
         changes
     }

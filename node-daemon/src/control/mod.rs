@@ -20,7 +20,7 @@ use spiffe_id::TrustDomain;
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use self::{file::Folder, last_good::LastGood, publish::Publisher};
+use self::{file::Watched, last_good::LastGood, publish::Publisher};
 use crate::telemetry::Sink;
 
 /// What this room needs to know.
@@ -62,20 +62,18 @@ pub struct Handle {
 ///
 /// Never fails: a folder that cannot be read is an answer (everything denied, readiness false), and is tried again.
 pub async fn start(config: ControlConfig, events: Sink) -> Handle {
-    let folder = Folder::new(&config.folder);
+    let mut watched = Watched::new(&config.folder);
     let last_good = LastGood::new(&config.last_good);
     let retired = last_good.retired();
     let mut publisher = Publisher::new(&config.node, config.trust_domain, &config.folder, last_good, events);
-    let (folder, first) = file::scan(folder).await;
-    publisher.begin(first);
+    publisher.begin(watched.scan().await);
     let (snapshots, documents) = (publisher.snapshots(), publisher.documents());
     let stop = CancellationToken::new();
-    let task = tokio::spawn(follow(folder, publisher, stop.clone()));
+    let task = tokio::spawn(follow(watched, publisher, stop.clone()));
     Handle { snapshots, documents, retired, stop, task }
 }
 
-async fn follow(folder: Folder, mut publisher: Publisher, stop: CancellationToken) {
-    let mut watched = file::Watched::new(folder);
+async fn follow(mut watched: Watched, mut publisher: Publisher, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
