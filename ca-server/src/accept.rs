@@ -338,6 +338,7 @@ async fn watch_on(
     cancel: CancellationToken,
 ) {
     bundle.mark_changed();
+    let mut acks_open = true;
     let mut heartbeat = tokio::time::interval(Duration::from_secs(ca_proto::WATCH_HEARTBEAT_SECONDS));
     heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     heartbeat.reset();
@@ -345,13 +346,18 @@ async fn watch_on(
         let message = tokio::select! {
             () = cancel.cancelled() => return,
             () = messages.closed() => return,
-            ack = acks.message() => match ack {
+            ack = acks.message(), if acks_open => match ack {
                 Ok(Some(ack)) => {
                     // Nobody has put to use what does not exist.
                     watching.acked(ack.acked_version.min(bundle.borrow().version));
                     continue;
                 }
-                Ok(None) | Err(_) => return,
+                // A client that only listens is served on.
+                Ok(None) => {
+                    acks_open = false;
+                    continue;
+                }
+                Err(_) => return,
             },
             changed = bundle.changed() => match changed {
                 Ok(()) => {

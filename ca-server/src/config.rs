@@ -62,7 +62,7 @@ pub enum ConfigError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The file is longer than [`FILE_BYTES_MAX`].
+    /// The file is longer than 64 KiB.
     #[error("{path} has {bytes} bytes, a configuration has at most {FILE_BYTES_MAX}")]
     TooLong {
         /// The file.

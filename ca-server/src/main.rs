@@ -1,8 +1,9 @@
 //! `culvert-ca`: the certificate authority as a process, and the operator's commands for it.
 #![forbid(unsafe_code)]
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -26,7 +27,7 @@ struct Arguments {
 enum Command {
     /// Serve certificates until SIGTERM.
     Serve {
-        /// Configuration file [default: <root>/etc/culvert/ca.yaml].
+        /// Configuration file [default: etc/culvert/ca.yaml beneath --root].
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
         /// Make a new root although there was one before. Every node has to join again.
@@ -41,7 +42,7 @@ enum Command {
     Root(Root),
     /// How the running authority stands, as JSON.
     Status {
-        /// The authority's adminSocket [default: <root>/run/culvert/ca.sock].
+        /// The authority's adminSocket [default: run/culvert/ca.sock beneath --root].
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
@@ -57,7 +58,7 @@ enum Token {
         /// For how long it is good, at most 1h (s, m or h).
         #[arg(long, default_value = "1h", value_parser = duration)]
         ttl: Duration,
-        /// The authority's adminSocket [default: <root>/run/culvert/ca.sock].
+        /// The authority's adminSocket [default: run/culvert/ca.sock beneath --root].
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
     },
@@ -67,15 +68,25 @@ enum Token {
 enum Root {
     /// Print the pin and the certificate.
     Show {
-        /// Configuration file [default: <root>/etc/culvert/ca.yaml].
+        /// Configuration file [default: etc/culvert/ca.yaml beneath --root].
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
     },
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let Arguments { root, command } = Arguments::parse();
+async fn main() -> ExitCode {
+    match run(Arguments::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One sentence for the operator, whatever the environment says of backtraces.
+            let _ = writeln!(std::io::stderr().lock(), "culvert-ca: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(Arguments { root, command }: Arguments) -> anyhow::Result<()> {
     let config =
         |path: Option<PathBuf>| Config::load(&path.unwrap_or_else(|| Config::default_path(&root)), &root);
     let socket = |path: Option<PathBuf>| path.unwrap_or_else(|| Config::default_admin_socket(&root));
@@ -99,7 +110,8 @@ async fn main() -> anyhow::Result<()> {
 async fn serve(config: Config) -> anyhow::Result<()> {
     protect_memory()?;
     let filter = EnvFilter::try_from_env("CULVERT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_target(false).init();
+    let colours = std::io::stdout().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_ansi(colours).init();
     tracing::info!(?config, "configuration");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -419,7 +419,8 @@ async fn a_silent_stream_has_heartbeats() {
     let node = world.joined("node-a").await;
     let channel =
         world.channel(node.trust(), Some((&node.key, &node.issued.issued))).await.expect("connects");
-    let stream = NodeAgentClient::new(channel).watch(tokio_stream::pending::<WatchRequest>()).await;
+    // A client that has nothing more to say still listens.
+    let stream = NodeAgentClient::new(channel).watch(tokio_stream::empty::<WatchRequest>()).await;
     let mut stream = stream.expect("watches").into_inner();
     stream.next().await.expect("a message").expect("the bundle");
     tokio::time::pause();
