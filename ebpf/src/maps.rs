@@ -16,7 +16,7 @@ use ebpf_abi::{
     SocketSlot, SteerMeta, Tuple, Verdict, WorkloadNumber, WorkloadValue,
     limits::{
         COUNTERS_MAX, DELIVERIES_MAX, ORIGINS_MAX, OWN_ADDRESSES_MAX, SOCKETS_MAX, STATE_MAX,
-        STEER_ADDRESSES_MAX, STEER_PORTS_MAX, WORKLOADS_MAX,
+        STEER_ADDRESSES_MAX, STEER_PORTS_MAX, STEER_SLOTS_FACTOR, WORKLOADS_MAX,
     },
     workload::WORKLOAD_CAPTURE,
 };
@@ -56,10 +56,11 @@ static SOCKETS: SockMap = SockMap::with_max_entries(SOCKETS_MAX, 0);
 
 #[map]
 static STEER_ADDRESSES: HashMap<Address, u8> =
-    HashMap::with_max_entries(STEER_ADDRESSES_MAX, BPF_F_NO_PREALLOC);
+    HashMap::with_max_entries(STEER_ADDRESSES_MAX * STEER_SLOTS_FACTOR, BPF_F_NO_PREALLOC);
 
 #[map]
-static STEER_PORTS: HashMap<Port, u32> = HashMap::with_max_entries(STEER_PORTS_MAX, BPF_F_NO_PREALLOC);
+static STEER_PORTS: HashMap<Port, u32> =
+    HashMap::with_max_entries(STEER_PORTS_MAX * STEER_SLOTS_FACTOR, BPF_F_NO_PREALLOC);
 
 /// No program reads it: a successor reads there whose instance it found.
 #[map]

@@ -6,16 +6,19 @@
 use std::{
     fs,
     io::{self, Read as _, Write as _},
-    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
     process::{self, Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::Duration,
 };
 
-use ebpf_abi::WorkloadNumber;
+use ebpf_abi::{WorkloadNumber, limits};
 use nix::sys::socket::{setsockopt, sockopt::TcpFastOpenConnect};
 use node_daemon::{
     kernel::{EnrolTarget, Kernel, KernelConfig, KernelError, WorkloadKind, cleanup},
@@ -163,8 +166,10 @@ fn an_exempt_socket_goes_its_own_way_and_a_marked_one_does_not() {
 fn a_connect_waits_for_the_successor_of_a_dead_daemon() {
     let (world, mut kernel) = World::with_kernel();
     let (daemon, number) = world.enrol(&mut kernel);
-    drop(daemon);
-    drop(kernel);
+    {
+        let _no_fork_now = FORK.lock().unwrap_or_else(PoisonError::into_inner);
+        drop((daemon, kernel));
+    }
     thread::scope(|scope| {
         let clients: Vec<_> = [PEER4, PEER6, PEER_MAPPED]
             .into_iter()
@@ -379,6 +384,119 @@ fn a_host_workload_survives_a_successor() {
     assert_eq!(count(&kernel, "captured"), 1);
 }
 
+// T-7
+#[test]
+fn a_namespace_that_nobody_enrolled_is_untouched() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, _) = world.enrol(&mut kernel);
+    let server = world.pod.listen("::", 9100);
+    for target in [POD4, POD6] {
+        let client = world.peer.connect(target, 9100);
+        server.accept_one();
+        assert_eq!(client.0.mark().expect("a socket option"), 0);
+    }
+    daemon.outbound.nothing_waits();
+    assert_eq!(count(&kernel, "captured"), 0);
+}
+
+#[test]
+fn changed_addresses_and_exempt_ports_hold_at_once() {
+    let (world, mut kernel) = World::with_kernel();
+    let (daemon, number) = world.enrol(&mut kernel);
+    let application = world.pod.listen("::", 9300);
+    ip(&format!("-n {} address add 10.77.0.9/24 dev eth0", world.pod.name));
+    kernel.addresses(number, &[POD4, POD6, "10.77.0.9"].map(address)).expect("the owner writes");
+    let _client = world.pod.connect("10.77.0.9", 9300);
+    application.accept_one();
+    let _client = world.peer.connect("10.77.0.9", 9300);
+    daemon.inbound.accept_one();
+    kernel.exempt_ports(number, &[9300]).expect("the owner writes");
+    let _client = world.peer.connect("10.77.0.9", 9300);
+    application.accept_one();
+    let _client = world.peer.connect("10.77.0.9", 9100);
+    daemon.inbound.accept_one();
+    assert!(matches!(kernel.inbound_ports(number, &[9300]), Err(KernelError::Order { .. })));
+}
+
+#[test]
+fn the_same_workload_in_a_new_namespace_is_a_new_enrolment() {
+    let (world, mut kernel) = World::with_kernel();
+    let (_daemon, number) = world.enrol(&mut kernel);
+    let listeners = Listeners::open(&world.peer);
+    let moved = EnrolTarget {
+        netns: world.peer.namespace.as_fd(),
+        cookie: world.peer.namespace.cookie(),
+        ..world.target()
+    };
+    let next = kernel.steer(&moved, listeners.fds()).expect("steered");
+    assert_ne!(next, number, "T-13");
+    assert!(matches!(kernel.capture(number), Err(KernelError::Unknown(_))));
+    assert_eq!(world.pins().iter().filter(|pin| pin.ends_with("steer")).count(), 1);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_limit() {
+    let (world, mut kernel) = World::with_kernel();
+    let (_daemon, number) = world.enrol(&mut kernel);
+    let addresses = |many: u32| (0..many).map(|n| IpAddr::V4(Ipv4Addr::from_bits(n))).collect::<Vec<_>>();
+    kernel.addresses(number, &addresses(limits::STEER_ADDRESSES_MAX)).expect("the last one fits");
+    kernel.addresses(number, &[]).expect("fewer fit");
+    let refused = kernel.addresses(number, &addresses(limits::STEER_ADDRESSES_MAX + 1));
+    assert!(
+        matches!(refused, Err(KernelError::Limit { limit: limits::STEER_ADDRESSES_MAX, .. })),
+        "{refused:?}"
+    );
+
+    let ports = |many: u32| (1..=many).map(|port| u16::try_from(port).expect("a port")).collect::<Vec<_>>();
+    kernel.exempt_ports(number, &ports(limits::STEER_PORTS_MAX)).expect("the last one fits");
+    kernel.exempt_ports(number, &[]).expect("fewer fit");
+    let refused = kernel.exempt_ports(number, &ports(limits::STEER_PORTS_MAX + 1));
+    assert!(matches!(refused, Err(KernelError::Limit { limit: limits::STEER_PORTS_MAX, .. })), "{refused:?}");
+
+    let deliveries = kernel.deliveries();
+    let source = |n: u32| to(IpAddr::V4(Ipv4Addr::from_bits(n)), 1);
+    let announce = |n: u32| deliveries.announce(number, source(n), to(address(POD4), 8080));
+    let mut announced: Vec<_> =
+        (0..limits::DELIVERIES_MAX).map(|n| announce(n).expect("the last one fits")).collect();
+    let refused = announce(limits::DELIVERIES_MAX);
+    assert!(matches!(refused, Err(KernelError::Limit { limit: limits::DELIVERIES_MAX, .. })), "{refused:?}");
+    announced.pop();
+    announce(limits::DELIVERIES_MAX).expect("there is room again");
+}
+
+#[test]
+fn names_and_marks_that_cannot_be_used_are_refused() {
+    let (world, mut kernel) = World::with_kernel();
+    let daemon = Listeners::open(&world.pod);
+    for key in [String::new(), "k".repeat(limits::KEY_LEN_MAX + 1)] {
+        let refused = kernel.steer(&EnrolTarget { key, ..world.target() }, daemon.fds());
+        assert!(matches!(refused, Err(KernelError::Name { field: "workload key", .. })), "{refused:?}");
+    }
+    let longest = EnrolTarget { key: "k".repeat(limits::KEY_LEN_MAX), ..world.target() };
+    kernel.steer(&longest, daemon.fds()).expect("the longest key fits");
+    let refused = Kernel::start(&KernelConfig { mark: 0, ..world.config() });
+    assert!(matches!(refused, Err(KernelError::Name { field: "mark", .. })), "{refused:?}");
+    let refused = Kernel::start(&KernelConfig { node: String::new(), ..world.config() });
+    assert!(matches!(refused, Err(KernelError::Name { field: "node", .. })), "{refused:?}");
+    let refused = Kernel::start(&KernelConfig { cgroup: PathBuf::from("/proc"), ..world.config() });
+    assert!(matches!(refused, Err(KernelError::File { .. })), "{refused:?}");
+}
+
+// T-24
+#[test]
+fn what_another_schema_version_pinned_is_retired_and_nothing_else() {
+    let (world, mut kernel) = World::with_kernel();
+    let _daemon = world.enrol(&mut kernel);
+    let pins = world.pins();
+    let counters = pins.iter().find(|pin| pin.ends_with("COUNTERS")).expect("a shared map");
+    let schema = counters.ancestors().nth(2).expect("the schema's folder");
+    let other = schema.with_file_name("v0");
+    fs::create_dir(&other).expect("root may make a folder");
+    fs::hard_link(counters, other.join("COUNTERS")).expect("the same file system");
+    assert_eq!(kernel.retire_older_schemas().expect("the owner writes").maps, 1);
+    assert_eq!(world.pins(), pins);
+}
+
 /// Not a test of its own: the process that [`Cgroup::dial`] starts in another cgroup. Without its variables it has nothing to do.
 #[test]
 fn dialler() {
@@ -576,7 +694,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let _: io::Result<process::ExitStatus> =
-            Command::new("ip").args(["netns", "delete", &self.name]).status();
+            spawn(Command::new("ip").args(["netns", "delete", &self.name])).wait();
     }
 }
 
@@ -664,7 +782,7 @@ impl Cgroup {
         if let Some(device) = device {
             command.env("KERNEL_TEST_DEVICE", device);
         }
-        let mut child = command.spawn().expect("sh is there");
+        let mut child = spawn(&mut command);
         let mut told = Vec::new();
         let mut stdout = child.stdout.take().expect("piped");
         while !told.windows(9).any(|window| window == b"connected") {
@@ -698,8 +816,19 @@ impl Drop for Dialled {
 }
 
 fn ip(arguments: &str) {
-    let output = Command::new("ip").args(arguments.split(' ')).output().expect("iproute2 is installed");
+    let mut command = Command::new("ip");
+    command.args(arguments.split(' ')).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = spawn(&mut command).wait_with_output().expect("iproute2 is installed");
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Between fork and exec a child holds all descriptors of this process, so a listener that another test closes at that moment
+/// lives on. Who depends on the moment of a close holds this lock.
+static FORK: Mutex<()> = Mutex::new(());
+
+fn spawn(command: &mut Command) -> Child {
+    let _no_close_now = FORK.lock().unwrap_or_else(PoisonError::into_inner);
+    command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"))
 }
 
 fn address(text: &str) -> IpAddr {

@@ -8,11 +8,15 @@ pub const WORKLOADS_MAX: u32 = 4_096;
 pub const OWN_ADDRESSES_MAX: u32 = 65_536;
 
 /// Own addresses of one namespace: link-local and global ones of a handful of interfaces.
-/// At the limit the enrolment, or the change of addresses, fails.
+/// At the limit the enrolment, or the change of addresses, fails and changes nothing.
 pub const STEER_ADDRESSES_MAX: u32 = 64;
 
-/// Ports of one namespace with a rule of their own. At the limit the enrolment fails.
-pub const STEER_PORTS_MAX: u32 = 1_024;
+/// Ports of one namespace with a rule of their own. At the limit the enrolment, or the change of ports, fails and changes
+/// nothing.
+pub const STEER_PORTS_MAX: u32 = 512;
+
+/// The maps of the two above hold twice the limit: new entries are written before old ones go.
+pub const STEER_SLOTS_FACTOR: u32 = 2;
 
 /// Connections of host workloads that the daemon has not accepted yet. Entries live from the SYN to the accept, so this is
 /// the number of half-open connects. At the limit a further captured connect gets no route and times out: closed.

@@ -200,6 +200,9 @@ fn replace<K: Pod + PartialEq, V: Pod>(
     name: &'static str,
     limit: u32,
 ) -> Result<(), KernelError> {
+    if u32::try_from(entries.len()).map_or(true, |wanted| wanted > limit) {
+        return Err(full(name, limit));
+    }
     for (key, value) in entries {
         within(map.insert(key, value, 0), name, limit)?;
     }
@@ -218,10 +221,14 @@ pub(super) fn within(
 ) -> Result<(), KernelError> {
     match inserted {
         Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(Errno::E2BIG as i32) => {
-            Err(KernelError::Limit { map, limit, consequence: "what did not fit stays closed" })
+            Err(full(map, limit))
         }
         other => other.during(|| writing(map)),
     }
+}
+
+fn full(map: &'static str, limit: u32) -> KernelError {
+    KernelError::Limit { map, limit, consequence: "what did not fit stays closed" }
 }
 
 /// A removal of what may be gone already.
