@@ -4,7 +4,13 @@
 //! (0600), so that a restart needs neither the token nor the authority; keys of workloads are kept nowhere.
 
 use std::{
-    fmt, future::Future, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration, time::SystemTime,
+    fmt,
+    future::Future,
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwapOption;
@@ -111,6 +117,8 @@ pub(super) struct Client {
     /// Connected lazily, replaced when the node's certificate is.
     session: ArcSwapOption<Session>,
     joined: watch::Sender<bool>,
+    /// What [`Store`] trusts at present, to tell a change from a repetition.
+    roots: Mutex<Vec<CertificateDer<'static>>>,
 }
 
 /// The node's certificate in use, and the channel that presents it.
@@ -121,7 +129,14 @@ struct Session {
 
 impl Client {
     pub(super) fn new(config: AuthorityConfig, store: Arc<Store>, events: Sink) -> Self {
-        Self { config, store, events, session: ArcSwapOption::empty(), joined: watch::Sender::new(false) }
+        Self {
+            config,
+            store,
+            events,
+            session: ArcSwapOption::empty(),
+            joined: watch::Sender::new(false),
+            roots: Mutex::default(),
+        }
     }
 
     /// Joins if need be, then renews and watches until dropped.
@@ -298,10 +313,15 @@ impl Client {
         Ok(())
     }
 
-    fn trust(&self, roots: &[CertificateDer<'_>]) -> Result<(), AuthorityFailed> {
+    fn trust(&self, roots: &[CertificateDer<'static>]) -> Result<(), AuthorityFailed> {
+        let mut present = self.roots.lock().unwrap_or_else(PoisonError::into_inner);
+        if *present == roots {
+            return Ok(());
+        }
         self.store
             .trust_roots(roots)
             .map_err(|refused: PeerRefused| AuthorityFailed::BadAnswer(refused.to_string()))?;
+        *present = roots.to_vec();
         self.events.emit(&Event::TrustChanged { roots: roots.len() });
         Ok(())
     }

@@ -28,13 +28,13 @@ fn shake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Shaken {
             client.write_tls(&mut wire).expect("memory");
         }
         feed(&wire, |bytes| server.read_tls(bytes));
-        server_result = server_result.and(server.process_new_packets().map(|_| ()));
+        server_result = server_result.and_then(|()| server.process_new_packets().map(|_| ()));
         let mut wire = Vec::new();
         while server.wants_write() {
             server.write_tls(&mut wire).expect("memory");
         }
         feed(&wire, |bytes| client.read_tls(bytes));
-        client_result = client_result.and(client.process_new_packets().map(|_| ()));
+        client_result = client_result.and_then(|()| client.process_new_packets().map(|_| ()));
     }
     Shaken {
         client: client_result,

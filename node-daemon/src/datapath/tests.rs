@@ -1,13 +1,19 @@
 use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{Method, Request, StatusCode};
-use node_core::{tunnel::TUNNEL_PORT, workload::ObjectName};
+use node_core::{
+    policy::{ConnectionFacts, Presented},
+    tunnel::TUNNEL_PORT,
+    workload::ObjectName,
+};
 use rustls::pki_types::ServerName;
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    sync::watch,
     task::JoinSet,
     time::{Instant, timeout},
 };
@@ -18,6 +24,7 @@ use super::{
     accept::{Limits, Site},
     carry::Side as _,
     ground::Ground,
+    live::{Judged, Live},
     outbound,
     testing::{
         Answer, BACKEND, FRONTEND, LIMITS, Node, OWN_PORT, SERVICE, STRANGER, World, allow, at, mesh, pair,
@@ -25,7 +32,10 @@ use super::{
     },
     tunnel::STREAMS_PER_TUNNEL_MAX,
 };
-use crate::certs::testing::{Ca, identity};
+use crate::{
+    certs::testing::{Ca, identity},
+    telemetry::{Direction, Path},
+};
 
 /// Long enough for anything that shall happen on this machine, short enough for a test that fails.
 const SOON: Duration = Duration::from_secs(20);
@@ -90,7 +100,7 @@ async fn many_bytes_arrive_whole_in_both_directions_at_once() {
     const BYTES: usize = 24 * 1024 * 1024;
     let mut world = World::new(usual());
     let (client, server) = world.connected().await;
-    let byte = |i: usize| (i % 251) as u8;
+    let byte = |i: usize| u8::try_from(i % 251).expect("below 251");
     let both = |stream: TcpStream| async move {
         let (mut read, mut write) = stream.into_split();
         let sender = tokio::spawn(async move {
@@ -602,6 +612,54 @@ async fn tls_that_is_not_the_meshs_is_the_applications_own_under_permissive_and_
 
 // ---- a changing mesh -----------------------------------------------------------------------------------------------
 
+/// T-18, every interleaving of an authorisation with a publish that takes the permit away. The authorisation has three
+/// steps (judge, register, confirm), the publish two (send, re-judge, which may stall); in whatever order they come,
+/// the connection is ended.
+#[tokio::test]
+async fn no_publish_slips_between_judging_registering_and_confirming() {
+    for send_before in 0..=3 {
+        for rejudge_before in send_before..=3 {
+            let world = World::new(usual());
+            let node = &world.b;
+            let after = node.compile(changed());
+            let (sender, snapshots) = watch::channel(node.shared.snapshot());
+            let live = Arc::new(Live::default());
+            let destination = Arc::clone(node.shared.snapshot().workload(node.site.name()).expect("known"));
+            let facts = ConnectionFacts {
+                presented: Presented::Tunnel(identity("frontend")),
+                source_address: at(FRONTEND, 1).ip(),
+                destination_address: at(BACKEND, 1).ip(),
+                destination_port: 8080,
+                destination,
+            };
+            let publish = async |step| {
+                if step == send_before {
+                    sender.send_replace(Arc::clone(&after));
+                }
+                if step == rejudge_before {
+                    live.rejudge(&after).await;
+                }
+            };
+            publish(0).await;
+            let judged_by = Arc::clone(&snapshots.borrow());
+            let Ok(_permit) = judged_by.authorise(&facts) else {
+                assert_eq!(send_before, 0, "only the new snapshot denies");
+                continue;
+            };
+            publish(1).await;
+            let record =
+                node.shared.record(Direction::Inbound, Path::Tunnel, at(FRONTEND, 1), at(BACKEND, 8080));
+            let registration =
+                live.register(Judged::Inbound(facts), &judged_by, record.ends(), record.progress());
+            publish(2).await;
+            let confirmed = registration.confirm(&snapshots);
+            publish(3).await;
+            let ended = confirmed.is_err() || registration.cut().now_or_never().is_some();
+            assert!(ended, "sent before step {send_before}, re-judged before step {rejudge_before}");
+        }
+    }
+}
+
 /// The backend's policy: everybody, or only an account that is not the caller's.
 fn changed() -> Vec<Value> {
     let mut documents = usual();
@@ -723,13 +781,15 @@ async fn a_full_node_keeps_a_reserve_for_each_workload() {
     let quiet = Site::new(ObjectName::new("photo", "quiet"), false, ground, &node.shared);
     let mut held = Vec::new();
     for _ in 0..3 {
-        held.push(node.site.place_now(&node.shared).ok().expect("within its reserve"));
+        held.extend(node.site.place_now(&node.shared));
     }
+    assert_eq!(held.len(), 3);
     assert!(node.site.place_now(&node.shared).is_err(), "the node is full");
     assert!(node.counted(&["culvert_limits_total", "connections_per_node_max"]));
     for _ in 0..3 {
-        held.push(quiet.place_now(&node.shared).ok().expect("the other's flood is not its matter"));
+        held.extend(quiet.place_now(&node.shared));
     }
+    assert_eq!(held.len(), 6, "the other's flood is not its matter");
     drop(held);
     assert!(node.site.place_now(&node.shared).is_ok());
 }
