@@ -113,7 +113,12 @@ pub async fn cleanup(config: &Config) -> Result<String> {
     let (kernel, enrol) = (kernel_config(config)?, enrol_config(config)?);
     let report = enrol::cleanup(&enrol, &kernel).await?;
     remove_socket(&config.root.admin_socket())?;
-    Ok(format!("{report:?}"))
+    let enrol::CleanupReport { namespaces, gone, kernel } = report;
+    Ok(format!(
+        "removed {} links and {} maps from the kernel; {namespaces} network namespaces have their rules, routes and settings \
+         back, {gone} were gone already",
+        kernel.links, kernel.maps
+    ))
 }
 
 /// All rooms, running.

@@ -14,6 +14,7 @@ use std::{
 use clap::Args;
 use serde_json::{Map, Value, json};
 use spiffe_id::TrustDomain;
+use tracing_subscriber::filter::{Directive, LevelFilter};
 
 use crate::telemetry::log::LogFormat;
 
@@ -508,8 +509,13 @@ fn node_name(value: &Value) -> Result<String, Grammar> {
     }
 }
 
+/// A part is a level, or a target and a level: a level with a typing error is no target that is left silent.
 fn level(value: &Value) -> Result<String, Grammar> {
-    let is_filter = |text: &&str| !text.is_empty() && text.parse::<tracing_subscriber::EnvFilter>().is_ok();
+    let is_part = |part: &str| {
+        let level = part.split_once('=').map_or(part, |(_, level)| level);
+        level.parse::<LevelFilter>().is_ok() && part.parse::<Directive>().is_ok()
+    };
+    let is_filter = |text: &&str| text.split(',').all(is_part);
     value.as_str().filter(is_filter).map(str::to_owned).ok_or(Grammar {
         expected: "error, warn, info, debug, trace, or a list of target=level",
         remedy: "write a level such as info",
@@ -598,6 +604,8 @@ mod tests {
         refused(&tail("drainSeconds: 1.5"), "drainSeconds: found 1.5", "whole number");
         refused(&tail("log: {format: xml}"), "log.format: found \"xml\"", "json or text");
         refused(&tail("log: {level: 'a=b=c'}"), "log.level: ", "level");
+        refused(&tail("log: {level: inof}"), "log.level: found \"inof\"", "level");
+        refused(&tail("log: {level: 'info,'}"), "log.level: ", "level");
         refused(&tail("workers: 0"), "workers: found 0", "1 to 256");
         refused("- node\n", "the file: ", "map");
         refused("", "node: found nothing", "add node");
@@ -623,6 +631,7 @@ mod tests {
         assert_eq!(config.ca.address.to_string(), "[fd00::1]:15012");
         assert_eq!(config.hold.certificate, Duration::from_secs(3));
         assert_eq!(config.log.format, LogFormat::Text);
+        accepted(&format!("{LEAST}log: {{level: 'info,node_daemon::control=debug'}}\n"));
         let overrides = Overrides { drain_seconds: Some(3_601), ..Overrides::default() };
         assert!(parse(LEAST, &overrides).unwrap_err().to_string().starts_with("drainSeconds: found 3601"));
     }

@@ -1,24 +1,29 @@
 //! A node's daemon: everything that reads, writes, listens or waits. Decisions are in [`node_core`].
-
-pub mod telemetry;
-
-pub mod sys;
-
-pub mod net;
-
-pub mod kernel;
-
-pub mod certs;
+//!
+//! In reading order: what the operator says ([`config`]), documents to snapshots ([`control`]), who is who ([`certs`]), who is
+//! under capture ([`enrol`], [`kernel`]), one connection from end to end ([`datapath`]). Beneath them [`net`] and [`sys`]; beside
+//! them [`telemetry`] and [`admin`]. [`place`] is the daemon's hold on its node, [`app`] wires all of it.
+#![deny(unsafe_code)]
 
 pub mod config;
 
 pub mod control;
 
-pub mod datapath;
-
-pub mod admin;
+pub mod certs;
 
 pub mod enrol;
+
+pub mod kernel;
+
+pub mod datapath;
+
+pub mod net;
+
+pub mod sys;
+
+pub mod telemetry;
+
+pub mod admin;
 
 pub mod place;
 

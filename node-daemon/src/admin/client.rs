@@ -64,8 +64,8 @@ async fn converse(stream: UnixStream, page: &str) -> Result<String, String> {
 
 fn unconnected(socket: &Path, source: io::Error) -> AskError {
     let path = socket.to_owned();
-    match source.kind() {
-        io::ErrorKind::PermissionDenied => AskError::Forbidden { path, source },
-        _ => AskError::Absent { path, source },
+    if source.kind() == io::ErrorKind::PermissionDenied {
+        return AskError::Forbidden { path, source };
     }
+    AskError::Absent { path, source }
 }

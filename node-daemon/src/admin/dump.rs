@@ -28,6 +28,9 @@ use crate::{
 /// Name of the limit of connections to the admin socket.
 pub const LIMIT: &str = "admin_connections";
 
+/// No workload declares it.
+const UNDECLARED_PORT: u16 = 0;
+
 /// The page.
 pub fn page(views: Views) -> Page {
     Arc::new(move |path| match path {
@@ -113,6 +116,7 @@ fn workloads(
         addresses: workload.addresses.iter().map(IpAddr::to_string).collect(),
         enrolled: matches!(enrolments.get(&workload.name), Some(None)),
         reason: enrolments.get(&workload.name).and_then(|problem| (*problem).clone()),
+        transport_mode: mode(snapshot.transport_mode(workload, UNDECLARED_PORT)).to_owned(),
         ports: workload.ports.iter().map(|port| self::port(snapshot, workload, port.port)).collect(),
         exempt_inbound_ports: workload.exempt_inbound_ports.clone(),
         connections: open.get(&workload.name).copied().unwrap_or(0),

@@ -52,6 +52,9 @@ pub struct Workload {
     pub enrolled: bool,
     /// Why it is not enrolled.
     pub reason: Option<String>,
+    /// Of ports that are not declared.
+    pub transport_mode: String,
+    /// Those that are declared.
     pub ports: Vec<Port>,
     /// Ports that bypass the daemon.
     pub exempt_inbound_ports: Vec<u16>,
@@ -216,6 +219,7 @@ impl Status {
             };
             let mut ports: Vec<_> =
                 workload.ports.iter().map(|port| format!("{} {}", port.port, port.transport_mode)).collect();
+            ports.push(format!("others {}", workload.transport_mode));
             ports.extend(workload.exempt_inbound_ports.iter().map(|port| format!("{port} EXEMPT")));
             table.row([
                 workload.name.clone(),

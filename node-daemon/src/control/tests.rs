@@ -313,6 +313,39 @@ async fn at_a_cold_start_the_last_good_documents_stand_in_for_a_broken_file_and_
 }
 
 #[tokio::test]
+async fn an_object_that_broke_while_the_daemon_was_away_keeps_its_last_good_version() {
+    // T-19
+    let node = Node::new();
+    node.put("a.yaml", &workload("a", "10.8.1.1"));
+    node.start().await.stop().await;
+    node.put("a.yaml", &(workload("a", "nonsense") + "---\n" + &workload("b", "10.8.1.2")));
+    for start in ["first", "second"] {
+        let handle = node.start().await;
+        let snapshot = now(&handle);
+        assert_eq!(local(&snapshot), names(["a", "b"]), "{start} start");
+        assert_eq!(snapshot.problems().len(), 1, "{:?}", snapshot.problems());
+        assert!(handle.documents.borrow().from_last_good.is_empty(), "the file itself can be read");
+        handle.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn an_object_that_moved_to_another_file_while_the_daemon_was_away_is_no_contradiction() {
+    for (from, to) in [("a.yaml", "b.yaml"), ("b.yaml", "a.yaml")] {
+        let node = Node::new();
+        node.put(from, &workload("w", "10.8.1.1"));
+        node.put(to, "");
+        node.start().await.stop().await;
+        node.put(to, &workload("w", "10.8.1.1"));
+        node.put(from, "");
+        let handle = node.start().await;
+        assert_eq!(local(&now(&handle)), names(["w"]));
+        assert!(now(&handle).problems().is_empty(), "{:?}", now(&handle).problems());
+        handle.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn a_damaged_or_open_file_of_last_good_documents_is_not_used() {
     // T-19
     let damages: [fn(&Path); 4] = [

@@ -25,7 +25,8 @@ pub enum Event {
     WorkloadLeft { workload: ObjectName, cause: &'static str },
     /// Rules, routes or settings of a workload's namespace had been changed by somebody and stand again (T-5).
     WorkloadRepaired { workload: ObjectName, what: &'static str },
-    /// Connections that stood when their workload was enrolled or left: `destroyed` ended, `remaining` go on (T-25).
+    /// Connections from before their workload was enrolled: `destroyed` were ended since the last such event, `remaining`
+    /// stand at present (T-25).
     UnmeshedConnections { workload: ObjectName, destroyed: usize, remaining: usize },
 
     /// The authority accepted this node.

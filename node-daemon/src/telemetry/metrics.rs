@@ -3,10 +3,11 @@
 //! Names and labels of the `istio_` ones are Istio's standard metrics; those of our own begin with `culvert_`.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     hash::Hash,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
@@ -47,6 +48,8 @@ pub struct Metrics {
     kernel_drops: Family<ReasonLabels, Counter<u64, AtomicU64>>,
     kernel_verdicts: Family<VerdictLabels, Counter<u64, AtomicU64>>,
     unmeshed: Gauge,
+    /// By workload, where there are any.
+    unmeshed_by_workload: Mutex<BTreeMap<ObjectName, usize>>,
     certificate_expiry: Bounded<IdentityLabels, Gauge>,
     certificates_issued: Counter,
     certificate_failures: Counter,
@@ -138,8 +141,9 @@ impl Metrics {
             Event::WorkloadEnrolled { .. } => {
                 self.enrolled.inc();
             }
-            Event::WorkloadLeft { .. } => {
+            Event::WorkloadLeft { workload, .. } => {
                 self.enrolled.dec();
+                self.set_unmeshed(workload, 0);
             }
             Event::WorkloadRefused { reason, .. } => {
                 self.refusals.get_or_create(&ReasonLabels { reason }).inc();
@@ -147,9 +151,7 @@ impl Metrics {
             Event::WorkloadRepaired { .. } => {
                 self.repairs.inc();
             }
-            Event::UnmeshedConnections { remaining, .. } => {
-                self.unmeshed.inc_by(i64::try_from(*remaining).unwrap_or(i64::MAX));
-            }
+            Event::UnmeshedConnections { workload, remaining, .. } => self.set_unmeshed(workload, *remaining),
             Event::CertificateIssued { identity, not_after, .. } => {
                 self.certificates_issued.inc();
                 return self.set_expiry(identity, *not_after);
@@ -213,6 +215,17 @@ impl Metrics {
         self.received_bytes.get_or_create(&labels).inc_by(record.bytes_in);
         self.sent_bytes.get_or_create(&labels).inc_by(record.bytes_out);
         limit
+    }
+
+    fn set_unmeshed(&self, workload: &ObjectName, remaining: usize) {
+        let mut by_workload = self.unmeshed_by_workload.lock().unwrap_or_else(PoisonError::into_inner);
+        if remaining == 0 {
+            by_workload.remove(workload);
+        } else {
+            by_workload.insert(workload.clone(), remaining);
+        }
+        let all: usize = by_workload.values().sum();
+        self.unmeshed.set(i64::try_from(all).unwrap_or(i64::MAX));
     }
 
     fn set_expiry(&self, identity: &str, not_after: SystemTime) -> Option<&'static str> {
@@ -336,6 +349,7 @@ impl Default for Metrics {
             kernel_drops: Family::default(),
             kernel_verdicts: Family::default(),
             unmeshed: Gauge::default(),
+            unmeshed_by_workload: Mutex::default(),
             certificate_expiry: Bounded::default(),
             certificates_issued: Counter::default(),
             certificate_failures: Counter::default(),
@@ -389,7 +403,7 @@ impl Metrics {
         );
         registry.register(
             "culvert_unmeshed_connections",
-            "Connections that stood at an enrolment and went on outside the mesh",
+            "Connections from before their workload was enrolled that still stand outside the mesh",
             self.unmeshed.clone(),
         );
         registry.register(

@@ -8,7 +8,10 @@ pub mod event;
 pub mod log;
 pub mod metrics;
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 pub use self::{
     event::{
@@ -22,6 +25,8 @@ pub use self::{
 #[derive(Clone, Debug, Default)]
 pub struct Sink {
     metrics: Arc<Metrics>,
+    /// The limit of label sets was told.
+    told: Arc<AtomicBool>,
 }
 
 impl Sink {
@@ -35,7 +40,10 @@ impl Sink {
         log::write(event);
         if let Some(limit) = self.metrics.count(event) {
             let reached = Event::LimitReached { limit, workload: None };
-            log::write(&reached);
+            // A limit that is met once is met by every event that follows: told once, counted each time.
+            if !self.told.swap(true, Ordering::Relaxed) {
+                log::write(&reached);
+            }
             self.metrics.count(&reached);
         }
     }

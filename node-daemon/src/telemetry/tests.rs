@@ -244,6 +244,29 @@ fn a_connection_counts_at_its_opening_and_at_its_end_under_istio_s_labels() {
 }
 
 #[test]
+fn connections_from_before_are_counted_over_all_workloads_as_they_stand() {
+    // T-25
+    let sink = Sink::new();
+    let standing = |workload: &str, remaining| {
+        let workload = ObjectName::new("photo", workload);
+        sink.emit(&Event::UnmeshedConnections { workload, destroyed: 0, remaining });
+    };
+    let counted = || {
+        let text = sink.metrics().text().unwrap();
+        text.lines().find_map(|line| line.strip_prefix("culvert_unmeshed_connections ")).unwrap().to_owned()
+    };
+    standing("a", 3);
+    standing("b", 2);
+    assert_eq!(counted(), "5");
+    standing("a", 1);
+    assert_eq!(counted(), "3");
+    sink.emit(&Event::WorkloadLeft { workload: ObjectName::new("photo", "b"), cause: "removed" });
+    assert_eq!(counted(), "1");
+    standing("a", 0);
+    assert_eq!(counted(), "0");
+}
+
+#[test]
 fn an_access_line_nests_both_ends_and_the_tls_parameters() {
     let sink = Sink::new();
     let event = ended(Verdict::Denied, true, Some(Reason::Handshake(HandshakeRefusal::SecureNaming)));
