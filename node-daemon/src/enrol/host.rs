@@ -57,10 +57,15 @@ pub(super) fn cgroup_of(placement: &Placement, mount: &Path) -> Result<Cgroup, H
         Placement::SystemdUnit(unit) => unit_folder(unit, mount)?,
         Placement::Cgroup(path) | Placement::NetworkNamespace(path) => beneath(path, mount)?,
     };
-    let id = cgroup_id(&folder).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => HostError::Missing { path: folder.clone() },
-        io::ErrorKind::InvalidInput => HostError::Outside { path: folder.clone(), mount: mount.to_owned() },
-        _ => HostError::Kernel { path: folder.clone(), call: "stat", source },
+    let id = cgroup_id(&folder).map_err(|source| {
+        let path = folder.clone();
+        if source.kind() == io::ErrorKind::NotFound {
+            HostError::Missing { path }
+        } else if source.kind() == io::ErrorKind::InvalidInput {
+            HostError::Outside { path, mount: mount.to_owned() }
+        } else {
+            HostError::Kernel { path, call: "stat", source }
+        }
     })?;
     if own.starts_with(&folder) {
         return Err(HostError::HoldsDaemon { path: folder });

@@ -5,7 +5,7 @@ use std::{
     fs,
     net::IpAddr,
     os::fd::AsFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -234,7 +234,7 @@ impl Reconciler {
         let before = self.waiting.remove(&name);
         let closed = before.as_ref().is_some_and(|waiting| waiting.closed.is_some());
         let outcome = match &workload.placement {
-            Placement::NetworkNamespace(path) => self.enter_pod(&workload, &path.clone()).await,
+            Placement::NetworkNamespace(path) => self.enter_pod(&workload, path).await,
             Placement::Cgroup(_) | Placement::SystemdUnit(_) => self.enter_host(&workload).await,
         };
         match outcome {
@@ -273,18 +273,18 @@ impl Reconciler {
         }
     }
 
-    async fn enter_pod(&mut self, workload: &Arc<Workload>, path: &PathBuf) -> Result<Entry, Refusal> {
+    async fn enter_pod(&mut self, workload: &Arc<Workload>, path: &Path) -> Result<Entry, Refusal> {
         let namespace = Namespace::open(path)?;
         let cookie = namespace.cookie();
         if cookie == self.host.cookie() {
-            return Err(Refusal::HostNamespace { path: path.clone() });
+            return Err(Refusal::HostNamespace { path: path.to_owned() });
         }
         if let Some(holder) = self
             .places
             .get(&cookie)
             .and_then(|place| place.tenants.iter().find(|tenant| **tenant != workload.name))
         {
-            return Err(Refusal::NamespaceTaken { path: path.clone(), holder: holder.clone() });
+            return Err(Refusal::NamespaceTaken { path: path.to_owned(), holder: holder.clone() });
         }
         let addresses = held_addresses(&namespace, workload)?;
         let listeners = open_listeners(&namespace, &self.exempt)
@@ -314,7 +314,7 @@ impl Reconciler {
             workload: Arc::clone(workload),
             number,
             cookie,
-            place: path.clone(),
+            place: path.to_owned(),
             cgroup: None,
             since: SystemTime::now(),
             standing,

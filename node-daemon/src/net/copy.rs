@@ -89,7 +89,7 @@ where
             Poll::Ready(Err(Side::Source(error))) => Poll::Ready(Ended::Far(error)),
             Poll::Ready(Err(Side::Sink(error))) => Poll::Ready(Ended::Near(error)),
             Poll::Ready(Ok(())) if forwarded => Poll::Ready(Ended::Finished),
-            _ => Poll::Pending,
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
         }
     })
     .await;
@@ -305,7 +305,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn bytes_beyond_one_buffer_arrive_whole_and_in_order() {
         let (mut client, mut server, task) = relayed(1_000);
-        let sent: Vec<u8> = (0..3 * BUFFER_BYTES + 17).map(|i| (i % 251) as u8).collect();
+        let sent: Vec<u8> = (0..=250).cycle().take(3 * BUFFER_BYTES + 17).collect();
         let expected = sent.clone();
         let writer = tokio::spawn(async move {
             client.write_all(&sent).await.expect("open");

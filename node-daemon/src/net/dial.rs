@@ -182,10 +182,10 @@ async fn finish(socket: Socket, target: SocketAddr) -> io::Result<TcpStream> {
 }
 
 fn blame(target: SocketAddr, source: io::Error) -> DialError {
-    match source.kind() {
-        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => DialError::Refused { target },
-        io::ErrorKind::TimedOut => DialError::TimedOut { target, within: Duration::ZERO },
-        _ => DialError::Unreachable { target, source },
+    if matches!(source.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset) {
+        DialError::Refused { target }
+    } else {
+        DialError::Unreachable { target, source }
     }
 }
 

@@ -328,8 +328,11 @@ struct Header {
     sequence: u32,
 }
 
+/// A message's header, its body, and what follows it in the datagram.
+type Message<'a> = (Header, &'a [u8], &'a [u8]);
+
 /// Splits the next message off; `None` at the end of the datagram.
-fn next_message(bytes: &[u8]) -> io::Result<Option<(Header, &[u8], &[u8])>> {
+fn next_message(bytes: &[u8]) -> io::Result<Option<Message<'_>>> {
     if bytes.is_empty() {
         return Ok(None);
     }

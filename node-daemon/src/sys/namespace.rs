@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::IpAddr,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::{MetadataExt, OpenOptionsExt},
@@ -57,15 +57,14 @@ impl Namespace {
     pub fn open(path: &Path) -> Result<Self, NamespaceError> {
         let fault = |call| move |source| NamespaceError::Kernel { path: path.to_owned(), call, source };
         // A FIFO or a device at this path must neither block nor be touched: O_NONBLOCK, and a look before use.
-        let file =
-            fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).map_err(
-                |source| match source.kind() {
-                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-                        NamespaceError::Missing { path: path.to_owned() }
-                    }
-                    _ => NamespaceError::Kernel { path: path.to_owned(), call: "open", source },
-                },
-            )?;
+        let opened = fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+        let file = opened.map_err(|source| {
+            if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) {
+                NamespaceError::Missing { path: path.to_owned() }
+            } else {
+                fault("open")(source)
+            }
+        })?;
         let kind = fstatfs(&file).map_err(|errno| fault("fstatfs")(errno.into()))?.filesystem_type();
         if kind != NSFS_MAGIC {
             return Err(NamespaceError::Foreign { path: path.to_owned() });
@@ -188,9 +187,9 @@ fn addresses_here() -> io::Result<BTreeSet<IpAddr>> {
     for interface in nix::ifaddrs::getifaddrs()? {
         let Some(address) = interface.address else { continue };
         if let Some(v4) = address.as_sockaddr_in() {
-            addresses.insert(IpAddr::V4(Ipv4Addr::from(v4.ip())));
+            addresses.insert(IpAddr::V4(v4.ip()));
         } else if let Some(v6) = address.as_sockaddr_in6() {
-            addresses.insert(IpAddr::V6(Ipv6Addr::from(v6.ip())));
+            addresses.insert(IpAddr::V6(v6.ip()));
         }
     }
     Ok(addresses)
