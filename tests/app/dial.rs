@@ -105,10 +105,10 @@ fn clear_mark(socket: &Socket, wanted: &Connect) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A connect that a time limit ended says EINPROGRESS or EAGAIN; `timeout` is what is meant.
+/// A connect that a time limit ended says EINPROGRESS, EALREADY or EAGAIN; `timeout` is what is meant.
 fn connect_failed(error: io::Error) -> Failure {
     let mut failure = failed("connect")(error);
-    if failure.errno == "EINPROGRESS" || failure.errno == "EAGAIN" || failure.errno == "TimedOut" {
+    if ["EINPROGRESS", "EALREADY", "EAGAIN", "TimedOut"].contains(&failure.errno.as_str()) {
         failure.errno = "timeout".to_owned();
     }
     failure

@@ -33,7 +33,8 @@ const SERVICE_V6: &str = "fd00:96::10";
 /// In every plaintext that shall not be seen on the wire.
 pub(crate) const NEEDLE: &str = "a needle that nobody on the wire may see ";
 
-const GROUND: &str = "apiVersion: culvert.io/v1alpha1
+/// Mesh, namespaces and services.
+pub(crate) const GROUND: &str = "apiVersion: culvert.io/v1alpha1
 kind: Mesh
 metadata: {name: default}
 spec: {trustDomain: cluster.local, podRanges: [\"10.8.0.0/16\", \"fd00:8::/32\"]}
@@ -154,6 +155,16 @@ impl Photo {
     #[track_caller]
     pub(crate) fn withdraw(&self, file: &str) {
         self.change(|| self.world.documents().remove(file));
+    }
+
+    /// Starts what a case that failed has left dead.
+    #[track_caller]
+    pub(crate) fn revive(&self) {
+        for node in [&self.a, &self.b] {
+            if !node.runs() {
+                node.start();
+            }
+        }
     }
 
     /// Removes a document from all nodes without waiting for anything.

@@ -7,7 +7,7 @@ use world::pod::{FAMILIES, Family, Plan, Pod};
 use world::protocol::{Asked, Connect, Storm};
 
 use crate::cases::Cases;
-use crate::photo::{ECHO, HTTP, NEEDLE, Photo};
+use crate::photo::{ECHO, GROUND, HTTP, NEEDLE, Photo};
 use crate::policies::{BACKEND_ONLY_2018, STRICT, STRICT_2018, authorization};
 
 const FILE: &str = "policy.yaml";
@@ -302,9 +302,9 @@ fn malformed(photo: &Photo, cases: &mut Cases) {
             "metadata.name",
         ),
         (
-            "a mesh of another trust domain",
-            "apiVersion: culvert.io/v1alpha1\nkind: Mesh\nmetadata: {name: default}\nspec: {trustDomain: elsewhere.example}\n",
-            "spec.trustDomain",
+            "a second document for the same mesh",
+            "apiVersion: culvert.io/v1alpha1\nkind: Mesh\nmetadata: {name: default}\nspec: {defaultMode: STRICT}\n",
+            "metadata.name",
         ),
     ];
     for (what, document, field) in table {
@@ -318,6 +318,15 @@ fn malformed(photo: &Photo, cases: &mut Cases) {
             photo.withdraw("malformed.yaml");
         });
     }
+    cases.case("a changed document that is wrong is named, and its last good version stays", || {
+        let watch = photo.b.watch();
+        let wrong = GROUND.replace("trustDomain: cluster.local", "trustDomain: elsewhere.example");
+        photo.world.documents().put("ground.yaml", &wrong);
+        let event = watch.event("document refused", &[("field", "spec.trustDomain")]);
+        assert!(event.to_string().contains("ground.yaml"), "the file is named: {event}");
+        expect(photo, &photo.frontend, HTTP, Ok(()));
+        photo.apply("ground.yaml", GROUND);
+    });
     cases.case("a workload that claims another's address is named and changes nothing", || {
         let thief = photo.datastore.document().replace("name: datastore\n", "name: thief\n");
         assert_ne!(thief, photo.datastore.document());

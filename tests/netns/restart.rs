@@ -22,27 +22,25 @@ const CONNECT_MILLISECONDS: u64 = 20_000;
 fn restart() {
     let photo = Photo::start(&[("strict.yaml", STRICT)]);
     let mut cases = Cases::of("restart");
-    cases.case("a crash of the client's daemon: connects wait, nothing leaks (T-3)", || {
-        crash_of_source(&photo)
-    });
-    cases.case("a crash of the server's daemon: peers are retried (T-4)", || crash_of_destination(&photo));
-    cases.case("a peer daemon that stays away ends in a reset after the hold time (T-4)", || {
-        dead_peer(&photo)
-    });
-    cases.case("a successor takes over under 5,000 connects without a failure (T-24)", || successor(&photo));
-    cases.case("a second successor finds no remains of the first (T-24)", || successor_again(&photo));
-    cases.case("a rule deleted by the workload: dropped, repaired, told (T-5)", || rule_deleted(&photo));
-    cases.case("all rules flushed by the workload: nothing leaks, ours come back (T-5)", || {
-        rules_flushed(&photo)
-    });
-    cases.case("connections from before an enrolment are ended under STRICT, or counted (T-25)", || {
-        unmeshed(&photo)
-    });
-    cases.case("removal of a workload frees its network namespace", || removal(&photo));
-    cases.case("a pod that goes without its document frees its network namespace", || vanished(&photo));
-    cases.case("without the CA what has a certificate serves on", || without_ca(&photo));
-    cases.case("after SIGTERM the workloads stay closed (T-23)", || terminated(&photo));
-    cases.case("after the cleanup nothing is left", || cleaned_up(&photo));
+    let mut case = |sentence: &str, body: fn(&Photo)| {
+        cases.case(sentence, || {
+            photo.revive();
+            body(&photo);
+        });
+    };
+    case("a crash of the client's daemon: connects wait, nothing leaks (T-3)", crash_of_source);
+    case("a crash of the server's daemon: peers are retried (T-4)", crash_of_destination);
+    case("a peer daemon that stays away ends in a reset after the hold time (T-4)", dead_peer);
+    case("a successor takes over under 5,000 connects without a failure (T-24)", successor);
+    case("a second successor finds no remains of the first (T-24)", successor_again);
+    case("a rule deleted by the workload: dropped, repaired, told (T-5)", rule_deleted);
+    case("all rules flushed by the workload: nothing leaks, ours come back (T-5)", rules_flushed);
+    case("connections from before an enrolment are ended under STRICT, or counted (T-25)", unmeshed);
+    case("removal of a workload frees its network namespace", removal);
+    case("a pod that goes without its document frees its network namespace", vanished);
+    case("without the CA what has a certificate serves on", without_ca);
+    case("after SIGTERM the workloads stay closed (T-23)", terminated);
+    case("after the cleanup nothing is left", cleaned_up);
     cases.end();
 }
 
@@ -221,8 +219,12 @@ fn rules_flushed(photo: &Photo) {
         let _ = photo.backend.ask(connect, NEEDLE);
     }
     watch.event("workload repaired", &[]);
-    for main in ["-4 rule add pref 32766 lookup main", "-6 rule add pref 32766 lookup main"] {
-        photo.backend.namespace().ip(main).expect("the pod mends what it broke");
+    for own in [
+        "-4 rule add pref 32766 lookup main",
+        "-4 rule add pref 32767 lookup default",
+        "-6 rule add pref 32766 lookup main",
+    ] {
+        photo.backend.namespace().ip(own).expect("the pod mends what it broke");
     }
     let asked = photo.backend.http(photo.datastore.at(Family::V4, HTTP));
     assert!(asked.text.contains("datastore peer="), "with main back all is well: {asked:?}");

@@ -286,7 +286,7 @@ impl App {
     #[track_caller]
     pub fn storm(&self, wanted: Storm) -> Storming<'_> {
         let Answer::Storming { storm } = self.must(Command::StormStart(wanted)) else { unexpected() };
-        Storming { app: self, storm }
+        Storming { app: self, storm, stopped: false }
     }
 
     /// The namespace's TCP sockets.
@@ -309,6 +309,7 @@ impl Drop for App {
 pub struct Storming<'a> {
     app: &'a App,
     storm: u64,
+    stopped: bool,
 }
 
 impl Storming<'_> {
@@ -321,8 +322,18 @@ impl Storming<'_> {
 
     /// Lets the running attempts end; what came of all.
     #[track_caller]
-    pub fn stop(self) -> Load {
+    pub fn stop(mut self) -> Load {
+        self.stopped = true;
         load(self.app.must(Command::StormStop { storm: self.storm }))
+    }
+}
+
+impl Drop for Storming<'_> {
+    /// A case that failed must not storm on through the next ones.
+    fn drop(&mut self) {
+        if !self.stopped {
+            drop(self.app.begin(Command::StormStop { storm: self.storm }));
+        }
     }
 }
 

@@ -32,6 +32,10 @@ impl Namespace {
             .context("running ip (package iproute2)")?;
         ensure!(made.status.success(), "ip netns add {name}: {}", String::from_utf8_lossy(&made.stderr));
         let namespace = Self { name: name.to_owned(), path: Path::new(FOLDER).join(name) };
+        // No address of a world is doubtful, and waiting for the kernel to find that out takes seconds.
+        for sysctl in ["net/ipv6/conf/default/accept_dad", "net/ipv6/conf/default/dad_transmits"] {
+            namespace.set_sysctl(sysctl, "0")?;
+        }
         namespace.ip("link set lo up")?;
         Ok(namespace)
     }
