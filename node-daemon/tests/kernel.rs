@@ -461,7 +461,7 @@ fn what_does_not_fit_is_refused_with_the_limit() {
     let refused = announce(limits::DELIVERIES_MAX);
     assert!(matches!(refused, Err(KernelError::Limit { limit: limits::DELIVERIES_MAX, .. })), "{refused:?}");
     announced.pop();
-    announce(limits::DELIVERIES_MAX).expect("there is room again");
+    announced.push(announce(limits::DELIVERIES_MAX).expect("there is room again"));
 }
 
 #[test]

@@ -7,9 +7,9 @@ pub const WORKLOADS_MAX: u32 = 4_096;
 /// Own addresses over all workloads: 16 for each of [`WORKLOADS_MAX`]. At the limit the enrolment fails.
 pub const OWN_ADDRESSES_MAX: u32 = 65_536;
 
-/// Own addresses of one namespace: link-local and global ones of a handful of interfaces.
+/// Own addresses of one namespace. A pod has a handful; a host with bridges and service addresses may have a hundred or two.
 /// At the limit the enrolment, or the change of addresses, fails and changes nothing.
-pub const STEER_ADDRESSES_MAX: u32 = 64;
+pub const STEER_ADDRESSES_MAX: u32 = 256;
 
 /// Ports of one namespace with a rule of their own. At the limit the enrolment, or the change of ports, fails and changes
 /// nothing.
