@@ -202,6 +202,17 @@ mod tests {
     }
 
     #[test]
+    fn a_unit_deeper_than_slices_nest_counts_as_not_running() {
+        let nested = |levels: usize| format!("{}deep.service", "a.slice/".repeat(levels));
+        let tree = Tree::new("depth", &[&nested(SLICE_DEPTH_MAX)]);
+        let refused = unit_folder("deep.service", &tree.0).expect_err("one level too deep");
+        assert!(matches!(refused, HostError::UnitMissing { .. }), "{refused}");
+        fs::create_dir_all(tree.0.join(nested(SLICE_DEPTH_MAX - 1)))
+            .expect("the temporary folder is writable");
+        unit_folder("deep.service", &tree.0).expect("the deepest level that is searched");
+    }
+
+    #[test]
     fn a_folder_elsewhere_is_refused_and_so_is_the_whole_tree() {
         let mount = Path::new("/sys/fs/cgroup");
         for path in ["/etc", "../etc", "a/../../etc", "", "/sys/fs/cgroup", "/sys/fs/cgroup2/a"] {

@@ -68,10 +68,16 @@ impl Keeper {
     }
 
     /// Stops keeping, changes nothing, and closes what the task held of the namespace.
-    pub(super) async fn stop(self) {
+    pub(super) async fn stop(mut self) {
         self.task.abort();
         // The task was cancelled; that is the one way in which it ends.
-        let _ = self.task.await;
+        let _ = (&mut self.task).await;
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
 

@@ -144,7 +144,7 @@ impl Refusal {
 }
 
 /// How it stands with one declared workload of this node.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
     /// Under capture.
     Enrolled {
@@ -163,7 +163,7 @@ pub enum Standing {
 }
 
 /// What is enrolled, for status, readiness and metrics.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct View {
     /// Number of the last snapshot that was brought about; `None` before the first.
     pub snapshot: Option<u64>,

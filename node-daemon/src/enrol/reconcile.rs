@@ -116,6 +116,8 @@ pub(super) struct Reconciler {
     reports: Option<mpsc::Receiver<Told>>,
     snapshot: Option<Arc<Snapshot>>,
     is_owner: bool,
+    /// What a predecessor left was looked through.
+    is_settled: bool,
     counters: Vec<(&'static str, u64)>,
 }
 
@@ -150,6 +152,7 @@ impl Reconciler {
             reports: Some(reports),
             snapshot: None,
             is_owner: true,
+            is_settled: false,
             counters: Vec::new(),
         }
     }
@@ -190,7 +193,8 @@ impl Reconciler {
 
     /// Takes the steps from what is enrolled to what a snapshot declares.
     async fn follow(&mut self, snapshot: Arc<Snapshot>) {
-        let is_first = self.snapshot.is_none();
+        // Documents that cannot be read may declare what a predecessor enrolled: it stays, closed (T-19).
+        let is_complete = snapshot.unreadable().is_none();
         let declared: BTreeMap<ObjectName, Arc<Workload>> =
             snapshot.local().map(|workload| (workload.name.clone(), Arc::clone(workload))).collect();
         self.snapshot = Some(snapshot);
@@ -219,7 +223,8 @@ impl Reconciler {
             }
         }
         self.end_standing_under_strict();
-        if is_first {
+        if is_complete && !self.is_settled {
+            self.is_settled = true;
             self.release_undeclared(&declared).await;
             if let Err(error) = self.kernel.retire_older_schemas() {
                 self.failed("retiring older schema versions", &error);
@@ -879,6 +884,8 @@ impl Reconciler {
             Ok(false) => {
                 self.is_owner = false;
                 self.host_listeners = None;
+                // Its rules and routes are the successor's to keep, and to remove.
+                self.places.clear();
                 self.show();
                 false
             }
@@ -912,11 +919,16 @@ impl Reconciler {
         let refused = self.waiting.iter().map(|(name, waiting)| {
             (name.clone(), Standing::Refused { reason: waiting.reason, problem: waiting.problem.clone() })
         });
-        self.view.send_replace(View {
+        let view = View {
             snapshot: self.snapshot.as_ref().map(|snapshot| snapshot.number()),
             is_owner: self.is_owner,
             workloads: enrolled.chain(refused).collect(),
             counters: self.counters.clone(),
+        };
+        self.view.send_if_modified(|shown| {
+            let changed = *shown != view;
+            *shown = view;
+            changed
         });
     }
 }

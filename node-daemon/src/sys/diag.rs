@@ -232,12 +232,6 @@ impl Diag {
     }
 }
 
-/// Cgroup of the socket by which `client` talks to `server` inside the calling thread's namespace (T-27). `None` where there is
-/// no such socket any more: then nobody can be named.
-pub fn cgroup_of_tcp(client: SocketAddr, server: SocketAddr) -> io::Result<Option<u64>> {
-    Ok(Diag::open_here()?.find(client, server)?.and_then(|socket| socket.cgroup))
-}
-
 // From linux/netlink.h, linux/sock_diag.h and linux/inet_diag.h.
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
@@ -507,6 +501,5 @@ mod tests {
         );
         let listed = diag.list(&[State::Listen]).expect("the kernel answers");
         assert!(listed.iter().any(|socket| socket.local == server));
-        assert_eq!(cgroup_of_tcp(nobody, server).expect("the kernel answers"), None);
     }
 }
