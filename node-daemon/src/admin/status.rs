@@ -251,8 +251,8 @@ impl Status {
         let mut table = Table::new(["POLICY", "NAME", "STATE", "EFFECT", "PROBLEM"]);
         for policy in &self.policies {
             let problem = match (&policy.field, &policy.problem) {
-                (Some(field), Some(problem)) => format!("{field}: {problem}"),
-                (None, Some(problem)) => problem.clone(),
+                (Some(field), Some(problem)) if !problem.starts_with(field) => format!("{field}: {problem}"),
+                (_, Some(problem)) => problem.clone(),
                 (_, None) => "-".to_owned(),
             };
             table.row([

@@ -33,6 +33,8 @@ const BYTES_MAX: u64 = FILE_BYTES_MAX * FILES_MAX as u64 * 3;
 /// What was in force, by file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remembered {
+    /// From which folder. Those of another one say nothing about this one.
+    pub folder: String,
     pub files: BTreeMap<String, Texts>,
 }
 

@@ -23,6 +23,7 @@ use crate::telemetry::{Event, Sink};
 /// What stands in the place of a file that cannot be read.
 const FROM_MEMORY: &str = "its last good documents stay in force";
 const FROM_DISK: &str = "its last good documents were taken from disk";
+const NOTHING: &str = "nothing of it is in force, and everything else stays as it is";
 const DENIED: &str = "everything is denied on this node until it can be read";
 
 /// Owns the store.
@@ -37,6 +38,9 @@ pub struct Publisher {
     remembered: Remembered,
     /// Files that were read by this process or taken from disk.
     known: BTreeSet<Arc<str>>,
+    /// A whole set of documents was in force once, in this process or before it. From then on a file that was never
+    /// readable changes nothing; before, nobody knows whom it restricts (T-19).
+    is_established: bool,
     /// Problems that were told.
     told: BTreeSet<Told>,
     folder: Arc<str>,
@@ -68,8 +72,9 @@ impl Publisher {
             store,
             view,
             last_good,
-            remembered: Remembered::default(),
+            remembered: Remembered { folder: folder.to_string_lossy().into_owned(), ..Remembered::default() },
             known: BTreeSet::new(),
+            is_established: false,
             told: BTreeSet::new(),
             folder: folder.to_string_lossy().into(),
             events,
@@ -88,7 +93,7 @@ impl Publisher {
     /// broken in the meantime changes nothing that worked (T-19).
     pub fn begin(&mut self, changes: Vec<Change>) {
         match self.last_good.read() {
-            Ok(remembered) => self.recall(remembered.unwrap_or_default(), &changes),
+            Ok(remembered) => self.recall(remembered, &changes),
             Err(error) => self.view.last_good_problem = Some(error.to_string()),
         }
         if let Some(problem) = self.view.last_good_problem.clone() {
@@ -109,6 +114,7 @@ impl Publisher {
             self.apply_one(change, &mut read);
         }
         let snapshot = self.store.snapshot();
+        self.is_established |= snapshot.unreadable().is_none();
         self.remember(&snapshot, read);
         self.tell(&snapshot);
         self.view.files = self.known.len();
@@ -119,6 +125,7 @@ impl Publisher {
     fn apply_one(&mut self, change: Change, read: &mut Vec<(Arc<str>, Arc<str>)>) {
         match change {
             Change::Read { file, text, documents } => {
+                self.introduce(&file);
                 self.store.apply(Update::replace(&file, documents));
                 self.view.from_last_good.retain(|other| *other != file);
                 self.known.insert(Arc::clone(&file));
@@ -129,10 +136,18 @@ impl Publisher {
                 self.limit(limit);
                 let effect = self.in_place_of(&file);
                 self.tell_unreadable(&file, &reason, effect);
+                self.introduce(&file);
                 self.store.apply(Update::Unreadable { file, reason });
             }
             Change::FolderUnreadable { reason, limit } => self.folder_unreadable(reason, limit),
             Change::FolderReadable { files } => self.folder_readable(&files),
+        }
+    }
+
+    /// A file that appears when a whole set is in force had good contents before: none.
+    fn introduce(&mut self, file: &Arc<str>) {
+        if self.is_established && !self.known.contains(file) {
+            self.store.apply(Update::replace(file, Vec::new()));
         }
     }
 
@@ -141,6 +156,8 @@ impl Publisher {
             FROM_DISK
         } else if self.known.contains(file) {
             FROM_MEMORY
+        } else if self.is_established {
+            NOTHING
         } else {
             DENIED
         }
@@ -149,16 +166,17 @@ impl Publisher {
     /// Every file of it stays as it is; without any, nobody knows who may reach whom.
     fn folder_unreadable(&mut self, reason: String, limit: Option<&'static str>) {
         self.limit(limit);
-        let effect = match (self.known.is_empty(), self.view.from_last_good.is_empty()) {
-            (true, _) => DENIED,
-            (false, true) => FROM_MEMORY,
-            (false, false) => FROM_DISK,
+        let effect = match (self.is_established, self.view.from_last_good.is_empty()) {
+            (false, _) => DENIED,
+            (true, true) => FROM_MEMORY,
+            (true, false) => FROM_DISK,
         };
         let folder = Arc::clone(&self.folder);
         self.tell_unreadable(&folder, &reason, effect);
-        let in_force: Vec<_> =
-            if self.known.is_empty() { vec![folder] } else { self.known.iter().cloned().collect() };
-        for file in in_force {
+        if !self.is_established {
+            self.store.apply(Update::Unreadable { file: folder, reason: reason.clone() });
+        }
+        for file in self.known.clone() {
             self.store.apply(Update::Unreadable { file, reason: format!("{}: {reason}", self.folder) });
         }
         self.view.folder_problem = Some(reason);
@@ -193,7 +211,11 @@ impl Publisher {
     }
 
     /// Puts into the store what was in force before, and notes which files live from that.
-    fn recall(&mut self, remembered: Remembered, changes: &[Change]) {
+    fn recall(&mut self, remembered: Option<Remembered>, changes: &[Change]) {
+        let Some(remembered) = remembered.filter(|remembered| *remembered.folder == *self.folder) else {
+            return;
+        };
+        self.is_established = true;
         let is_folder_away = changes.iter().any(|change| matches!(change, Change::FolderUnreadable { .. }));
         let unread: BTreeSet<_> = changes.iter().filter_map(unreadable_file).collect();
         let present: BTreeSet<_> = changes.iter().filter_map(present_file).collect();
@@ -222,6 +244,10 @@ impl Publisher {
         for (file, text) in read {
             let is_good = !with_problems.contains(&*file);
             self.remembered.files.entry(file.to_string()).or_default().note(&text, is_good);
+        }
+        if snapshot.unreadable().is_some() {
+            // No good set: written now, it would make the next start trust what this one does not (T-19).
+            return;
         }
         match self.last_good.keep(&self.remembered) {
             Ok(()) => self.view.last_good_problem = None,
@@ -263,8 +289,9 @@ fn problems(snapshot: &Snapshot) -> BTreeSet<Told> {
     let told: BTreeMap<String, ()> = all.iter().map(|told| (told.object.clone(), ())).collect();
     let of_policies = snapshot.statuses().iter().filter_map(|status| {
         let object = format!("{} {}", status.kind, status.name);
-        let problem = status.problem.clone().filter(|_| !told.contains_key(&object))?;
+        let problem = status.problem.as_ref().filter(|_| !told.contains_key(&object))?;
         let field = status.field.clone().unwrap_or_default();
+        let problem = problem.strip_prefix(&format!("{field}: ")).unwrap_or(problem).to_owned();
         Some(Told { file: status.source.file.to_string(), object, field, problem })
     });
     all.extend(of_policies);

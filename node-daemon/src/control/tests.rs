@@ -28,6 +28,8 @@ const WAIT: Duration = Duration::from_secs(20);
 /// A node's folders, removed with it.
 struct Node {
     base: PathBuf,
+    /// Of the folder.
+    name: &'static str,
     events: Sink,
 }
 
@@ -37,11 +39,11 @@ impl Node {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let base = std::env::temp_dir().join(format!("culvert-control-{}-{number}", std::process::id()));
         fs::create_dir_all(base.join("mesh.d")).unwrap();
-        Self { base, events: Sink::new() }
+        Self { base, name: "mesh.d", events: Sink::new() }
     }
 
     fn folder(&self) -> PathBuf {
-        self.base.join("mesh.d")
+        self.base.join(self.name)
     }
 
     fn last_good(&self) -> PathBuf {
@@ -275,13 +277,52 @@ async fn a_file_that_breaks_changes_nothing_that_worked_and_is_named() {
 }
 
 #[tokio::test]
+async fn a_new_file_that_is_broken_changes_nothing_that_worked_also_after_a_restart() {
+    let node = Node::new();
+    node.put("a.yaml", &workload("a", "10.8.1.1"));
+    let mut handle = node.start().await;
+    for text in ["kind: AuthorizationPolicy\n", "kind: [\n"] {
+        node.put("new.yaml", text);
+        let broken = until(&mut handle, |snapshot| !snapshot.problems().is_empty()).await;
+        assert_eq!(broken.unreadable(), None);
+        assert!(broken.problems()[0].to_string().contains("new.yaml"), "{:?}", broken.problems());
+        node.remove("new.yaml");
+        until(&mut handle, |snapshot| snapshot.problems().is_empty()).await;
+    }
+    handle.stop().await;
+    node.put("new.yaml", "kind: [\n");
+    let handle = node.start().await;
+    assert_eq!(now(&handle).unreadable(), None, "a whole set was in force before");
+    assert_eq!(local(&now(&handle)), names(["a"]));
+    assert_eq!(now(&handle).problems().len(), 1);
+    handle.stop().await;
+}
+
+#[tokio::test]
+async fn last_good_documents_of_another_folder_are_no_last_good_set() {
+    // T-19
+    let mut node = Node::new();
+    node.put("a.yaml", &workload("a", "10.8.1.1"));
+    node.start().await.stop().await;
+    node.name = "other.d";
+    fs::create_dir(node.folder()).unwrap();
+    node.put("a.yaml", "kind: [\n");
+    let handle = node.start().await;
+    assert!(now(&handle).unreadable().is_some());
+    handle.stop().await;
+}
+
+#[tokio::test]
 async fn a_file_that_is_broken_at_a_cold_start_denies_everything_until_it_is_mended() {
     // T-19
     let node = Node::new();
     node.put("a.yaml", &workload("a", "10.8.1.1"));
     node.put("policy.yaml", "kind: [\n");
-    let mut handle = node.start().await;
+    let handle = node.start().await;
     assert!(now(&handle).unreadable().is_some());
+    handle.stop().await;
+    let mut handle = node.start().await;
+    assert!(now(&handle).unreadable().is_some(), "a second start knows no more than the first");
     node.put("policy.yaml", "");
     let mended = until(&mut handle, |snapshot| snapshot.unreadable().is_none()).await;
     assert_eq!(local(&mended), names(["a"]));
