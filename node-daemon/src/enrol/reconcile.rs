@@ -823,7 +823,7 @@ impl Reconciler {
         let due: Vec<Arc<Workload>> = self
             .waiting
             .values()
-            .filter(|waiting| now >= waiting.next || has_appeared(waiting))
+            .filter(|waiting| now >= waiting.next || has_appeared(waiting, &self.config.cgroup_mount))
             .map(|waiting| Arc::clone(&waiting.workload))
             .collect();
         for workload in due {
@@ -954,12 +954,14 @@ fn held_addresses(namespace: &Namespace, workload: &Workload) -> Result<BTreeSet
 }
 
 /// A workload that waits for its namespace or cgroup, which is there now.
-fn has_appeared(waiting: &Waiting) -> bool {
+fn has_appeared(waiting: &Waiting, cgroup_mount: &Path) -> bool {
     match &waiting.workload.placement {
         Placement::NetworkNamespace(path) => {
             waiting.reason == "namespace_missing" && fs::symlink_metadata(path).is_ok()
         }
-        Placement::Cgroup(path) => waiting.reason == "cgroup_missing" && fs::symlink_metadata(path).is_ok(),
+        Placement::Cgroup(path) => {
+            waiting.reason == "cgroup_missing" && fs::symlink_metadata(cgroup_mount.join(path)).is_ok()
+        }
         Placement::SystemdUnit(_) => false,
     }
 }
