@@ -469,7 +469,9 @@ async fn connect(
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         // No name is sent (no SNI) and none is compared: the verifier asks for the authority's own.
-        TlsConnector::from(tls).connect(ServerName::IpAddress(address.ip().into()), stream).await
+        let handshake = TlsConnector::from(tls).connect(ServerName::IpAddress(address.ip().into()), stream);
+        // Said in the verifier's own words.
+        handshake.await.map_err(|error| PeerRefused::of(&error).map_or(error, io::Error::other))
     });
     match connected.await {
         Ok(stream) => stream.map(TokioIo::new),
@@ -491,7 +493,11 @@ fn failure(status: &tonic::Status) -> AuthorityFailed {
     let mut text = status.message().to_owned();
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
-        text = format!("{text}: {error}");
+        // Some layers repeat the words of the one below.
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
         cause = error.source();
     }
     match status.code() {

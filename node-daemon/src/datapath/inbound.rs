@@ -22,7 +22,7 @@ use super::{
     deliver::deliver,
     identify::{self, Spoken},
     live::Registration,
-    record::{Ending, Record, known_end, protocol_of, workload_end},
+    record::{Ending, Record, known_end, protocol_of, proven_end, workload_end},
     tunnel::{self, Asked, HandshakeFailed, Secured},
 };
 use crate::{
@@ -58,11 +58,7 @@ async fn come_in(
     record.judged_by(snapshot.number());
     let destination = destination(site, &snapshot, target, own_port)?;
     learn_destination(record, &destination, target);
-    let known = snapshot.workload_at(client.ip(), client.port());
-    record.learn(|ends| {
-        ends.source =
-            known_end(known.map(|known| &known.name), known.map(|known| known.node.as_str()), client);
-    });
+    record.learn(|ends| ends.source = known_end(&snapshot, client));
     let facts = |presented| facts(&destination, target, client, presented);
     if let Some(local) = identify::local_client(site, &snapshot, client, target)? {
         record.learn(|ends| ends.source = workload_end(&local, client));
@@ -167,12 +163,7 @@ fn learn_destination(record: &mut Record, destination: &Workload, target: Socket
 }
 
 fn learn_peer(record: &mut Record, snapshot: &Snapshot, client: SocketAddr, peer: &Peer, tls: Tls) {
-    let known = snapshot.workload_at(client.ip(), client.port());
-    record.learn(|ends| {
-        ends.source =
-            known_end(known.map(|known| &known.name), known.map(|known| known.node.as_str()), client);
-        ends.source.identity = Some(peer.identity.clone());
-    });
+    record.learn(|ends| ends.source = proven_end(snapshot, client, &peer.identity));
     record.secured_by(tls);
 }
 
@@ -211,14 +202,15 @@ pub(super) async fn serve_tunnel(shared: &Arc<Shared>, site: &Arc<Site>, accepte
     // Streams speak for themselves: an alert or a GOAWAY must reach the other end.
     stream.settle();
     tunnel::keep_alive(&stream);
+    let mut record = shared.record(Direction::Inbound, Path::Tunnel, client, target);
     let opened = tokio::select! {
         biased;
         () = site.gone().cancelled() => return,
-        opened = open_tunnel(shared, site, stream, client, target) => opened,
+        opened = open_tunnel(shared, site, stream, client, target, &mut record) => opened,
     };
     match opened {
         Ok((tunnel, tunnelled)) => serve_streams(shared, site, tunnel, Arc::new(tunnelled), place).await,
-        Err(ending) => shared.record(Direction::Inbound, Path::Tunnel, client, target).end(ending),
+        Err(ending) => record.end(ending),
     }
 }
 
@@ -230,8 +222,11 @@ async fn open_tunnel(
     stream: TcpStream,
     client: SocketAddr,
     target: SocketAddr,
+    record: &mut Record,
 ) -> Result<(Tunnel, Tunnelled), Ending> {
     let snapshot = shared.snapshot();
+    record.judged_by(snapshot.number());
+    record.learn(|ends| ends.source = known_end(&snapshot, client));
     let found = if site.is_host() {
         snapshot.local().find(|local| local.is_host() && local.addresses.contains(&target.ip()))
     } else {

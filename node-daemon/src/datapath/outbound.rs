@@ -6,7 +6,6 @@ use node_core::{
     attest::Attested,
     snapshot::{Route, Snapshot},
     tunnel::{TUNNEL_PORT, route::PoolKey},
-    workload::Workload,
 };
 use spiffe_id::SpiffeId;
 use tokio::{
@@ -213,11 +212,9 @@ async fn outside(
     target: SocketAddr,
     record: &mut Record,
 ) -> Result<Ending, Ending> {
-    let known: Option<&Arc<Workload>> = snapshot.workload_at(target.ip(), target.port());
     record.learn(|ends| {
         ends.path = Path::Passthrough;
-        ends.destination =
-            known_end(known.map(|known| &known.name), known.map(|known| known.node.as_str()), target);
+        ends.destination = known_end(snapshot, target);
     });
     let judged = Judged::Passthrough { source: Arc::clone(source.workload()), target };
     let registration = let_out(shared, judged, snapshot, record)?;

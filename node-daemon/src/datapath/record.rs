@@ -4,9 +4,10 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use node_core::{
     policy::{Denial, Verdict as Deciding},
-    snapshot::RouteRefusal,
-    workload::{ObjectName, Protocol, Workload},
+    snapshot::{RouteRefusal, Snapshot},
+    workload::{Protocol, Workload},
 };
+use spiffe_id::SpiffeId;
 
 use super::live::{Cut, Registration};
 use crate::{
@@ -218,9 +219,31 @@ pub(super) fn workload_end(workload: &Workload, address: SocketAddr) -> Endpoint
     }
 }
 
-/// What the documents say of a stranger's address; its identity is not guessed.
-pub(super) fn known_end(name: Option<&ObjectName>, node: Option<&str>, address: SocketAddr) -> Endpoint {
-    Endpoint { address: Some(address), workload: name.cloned(), identity: None, node: node.map(Into::into) }
+/// What the documents say of whoever has this address; an identity is not guessed from it.
+pub(super) fn known_end(snapshot: &Snapshot, address: SocketAddr) -> Endpoint {
+    let known = snapshot.workload_at(address.ip(), address.port());
+    Endpoint {
+        address: Some(address),
+        workload: known.map(|known| known.name.clone()),
+        identity: None,
+        node: known.map(|known| known.node.as_str().into()),
+    }
+}
+
+/// A peer that has proven who it is; the workload of its address is named only if it may be that one.
+pub(super) fn proven_end(snapshot: &Snapshot, address: SocketAddr, identity: &SpiffeId) -> Endpoint {
+    let known = snapshot.workload_at(address.ip(), address.port());
+    let same = |known: &&Arc<Workload>| {
+        (known.identity.namespace(), known.identity.service_account())
+            == (identity.namespace(), identity.service_account())
+    };
+    let known = known.filter(same);
+    Endpoint {
+        address: Some(address),
+        workload: known.map(|known| known.name.clone()),
+        identity: Some(identity.clone()),
+        node: known.map(|known| known.node.as_str().into()),
+    }
 }
 
 /// The word for what a port declares.

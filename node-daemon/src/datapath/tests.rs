@@ -216,6 +216,29 @@ async fn a_renewed_certificate_is_presented_on_a_new_tunnel_while_the_old_one_go
 }
 
 #[tokio::test]
+async fn a_tunnel_that_is_being_closed_takes_no_new_stream_and_ends_with_its_last() {
+    let mut world = World::new(usual());
+    let (mut client, mut server) = world.connected().await;
+    let successor = Node::new("node-b", "backend", world.ca.store(&["backend"]), usual());
+    let mut reached = successor.ground.serve(at(BACKEND, 8080));
+    world.a.ground.set(at(BACKEND, TUNNEL_PORT), Answer::Daemon(successor));
+    world.b.shared.closing.cancel();
+    let mut newer = Vec::new();
+    for _ in 0..20 {
+        let mut client = world.a.connect(FRONTEND, at(SERVICE, 80)).await;
+        let (mut server, _) = tokio::select! {
+            server = reached.recv() => server.expect("the successor is reached"),
+            // One that was under way before the GOAWAY came.
+            server = world.backend.recv() => server.expect("the old one is reached"),
+        };
+        exchange(&mut client, &mut server).await;
+        newer.push((client, server));
+    }
+    assert_eq!(world.a.ground.dials(at(BACKEND, TUNNEL_PORT)), 2);
+    exchange(&mut client, &mut server).await;
+}
+
+#[tokio::test]
 async fn a_slow_reader_holds_a_bounded_number_of_bytes_and_nobody_else_up() {
     // T-11. Both windows of HTTP/2, the send buffers, and the kernel's own buffers of four sockets.
     const BYTES_MAX: usize = 64 * 1024 * 1024;

@@ -396,7 +396,8 @@ struct Lane {
 struct Tunnel {
     requests: SendRequest<Bytes>,
     places: Arc<Semaphore>,
-    broken: Arc<AtomicBool>,
+    /// It takes no more streams: it broke, the other end said GOAWAY, or refused one.
+    retired: Arc<AtomicBool>,
     used: Instant,
     generation: u64,
     /// The earlier end of both certificates: no new stream after it.
@@ -413,6 +414,7 @@ struct Seat {
     peer: Peer,
     tls: Tls,
     alert: Alert,
+    retired: Arc<AtomicBool>,
 }
 
 /// One of a tunnel's places, held by a stream.
@@ -540,7 +542,7 @@ impl Lane {
 
 impl Tunnel {
     fn is_usable(&self) -> bool {
-        !self.broken.load(Ordering::Acquire) && SystemTime::now() < self.not_after
+        !self.retired.load(Ordering::Acquire) && SystemTime::now() < self.not_after
     }
 
     fn take_seat(&mut self) -> Option<Seat> {
@@ -556,6 +558,7 @@ impl Tunnel {
             peer: self.peer.clone(),
             tls: self.tls.clone(),
             alert: Arc::clone(&self.alert),
+            retired: Arc::clone(&self.retired),
         })
     }
 }
@@ -616,8 +619,8 @@ where
         Ok(Err(error)) => return Err(Unopened::Failed(OpenFailed::Protocol(error.to_string()))),
         Err(_) => return Err(Unopened::Again("HTTP/2 did not begin in time".to_owned())),
     };
-    let broken = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&broken);
+    let retired = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&retired);
     tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(%error, "tunnel ended");
@@ -625,13 +628,16 @@ where
         flag.store(true, Ordering::Release);
     });
     let places = Arc::new(Semaphore::new(STREAMS_PER_TUNNEL_MAX));
-    Ok(Tunnel { requests, places, broken, used: Instant::now(), generation, not_after, peer, tls, alert })
+    Ok(Tunnel { requests, places, retired, used: Instant::now(), generation, not_after, peer, tls, alert })
 }
 
 /// Asks for `target` on a tunnel.
 async fn connect(seat: Seat, target: SocketAddr) -> Result<Opened, Unopened> {
-    let Seat { requests, place, peer, tls, alert } = seat;
-    let again = |error: h2::Error| lost(&alert, error.to_string());
+    let Seat { requests, place, peer, tls, alert, retired } = seat;
+    let again = |error: h2::Error| {
+        retired.store(true, Ordering::Release);
+        lost(&alert, error.to_string())
+    };
     let mut requests = requests.ready().await.map_err(again)?;
     let mut request = Request::new(());
     *request.method_mut() = Method::CONNECT;
