@@ -1,6 +1,6 @@
 //! One YAML file, over it the environment (`CULVERT_…`), over that the flags; unknown keys refused.
 //!
-//! [`Section`] is a raw part of it: each key is taken out once, with its grammar, and what is left over is refused. A
+//! A `Section` is a raw part of it: each key is taken out once, with its grammar, and what is left over is refused. A
 //! leaf: knows no room. Refusals name field, value, what was expected and what to do.
 
 use std::{
@@ -120,7 +120,7 @@ impl Root {
 /// Which file, and what stands above it.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Sources {
-    /// The configuration file [default: <root>/etc/culvert/node.yaml]
+    /// The configuration file [default: ROOT/etc/culvert/node.yaml]
     #[arg(long, env = "CULVERT_CONFIG")]
     pub config: Option<PathBuf>,
     /// Folder before /etc/culvert, /var/lib/culvert and /run/culvert

@@ -310,7 +310,7 @@ pub struct Lines {
     lost: Arc<AtomicU64>,
 }
 
-/// Writes what still waits when it is dropped, after the last [`Lines`] is gone or [`LinesEnd::flush`] was called.
+/// The end of the log: when it is dropped, what still waits is written.
 #[derive(Debug)]
 pub struct LinesEnd {
     waiting: SyncSender<Vec<u8>>,
