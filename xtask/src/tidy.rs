@@ -29,6 +29,7 @@ const FENCES: &[Fence] = &[
             "node-daemon/src/certs/",
             "node-daemon/src/datapath/tunnel",
             "node-daemon/src/datapath/identify.rs",
+            "node-daemon/src/datapath/tests",
             "ca-server/",
             "tests/",
         ],
