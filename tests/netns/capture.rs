@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use world::expect::is;
 use world::pod::{FAMILIES, Family, Plan};
-use world::protocol::{Command, Connect, Connected, FastOpen, Many, Mode, Payload};
+use world::protocol::{Command, Connect, Connected, FastOpen, Listen, Many, Mode, Payload};
 
 use crate::cases::{Cases, say};
 use crate::photo::{BULK, CLOSED, ECHO, FAREWELL, GREET, HTTP, NEEDLE, Photo};
@@ -14,8 +14,9 @@ const MIB: u64 = 1024 * 1024;
 /// Long enough for an honest exchange, short enough to wait for in vain.
 const VAIN_MILLISECONDS: u64 = 1_500;
 
-/// Any mark that an application may have reasons to set.
+/// Marks that an application may set: one with a meaning for other meshes, and the bit of this one.
 const FOREIGN_MARK: u32 = 0x539;
+const OUR_MARK: u32 = 0x0008_0000;
 
 /// `TCP_ESTABLISHED` and `TCP_LISTEN` of `include/net/tcp_states.h`.
 const ESTABLISHED: u8 = 1;
@@ -28,7 +29,7 @@ struct Way {
     change: fn(&mut Connect),
 }
 
-const WAYS: [Way; 11] = [
+const WAYS: [Way; 12] = [
     Way { name: "a blocking connect", only: None, change: |_| {} },
     Way { name: "a non-blocking connect", only: None, change: |connect| connect.nonblocking = true },
     Way {
@@ -67,6 +68,7 @@ const WAYS: [Way; 11] = [
         only: None,
         change: |connect| (connect.mptcp, connect.fast_open) = (true, FastOpen::SendTo),
     },
+    Way { name: "a socket that bears our own mark", only: None, change: |connect| connect.mark = OUR_MARK },
     // T-2: marks are for anybody to set, so none exempts.
     Way {
         name: "a socket that the application marked",
@@ -120,6 +122,7 @@ fn capture() {
         cases.case(&format!("2,000 connections stand at once ({family:?})"), || concurrent(&photo, family));
         cases.case(&format!("1 GiB goes both ways unharmed ({family:?})"), || bulk(&photo, family));
     }
+    cases.case("an MPTCP server is reached as any other", || mptcp_server(&photo));
     cases.case("two workloads of one node reach each other", || same_node(&photo));
     cases.case("a nested namespace is a stranger (T-7)", || nested(&photo));
     cases.end();
@@ -367,8 +370,7 @@ fn few_ports(photo: &Photo, family: Family) {
     let namespace = frontend.namespace();
     let range = namespace.sysctl("net/ipv4/ip_local_port_range").expect("the sysctl exists");
     namespace.set_sysctl("net/ipv4/ip_local_port_range", "40000 40199").expect("the sysctl exists");
-    let mut wanted =
-        world::protocol::Listen::at(world::at(std::net::Ipv6Addr::UNSPECIFIED, 20_000), Mode::Echo);
+    let mut wanted = Listen::at(world::at(std::net::Ipv6Addr::UNSPECIFIED, 20_000), Mode::Echo);
     wanted.count = DESTINATIONS;
     let listener = datastore.listen(wanted);
     let load = frontend.many(Many {
@@ -405,6 +407,26 @@ fn bulk(photo: &Photo, family: Family) {
         .expect("every byte arrives");
     say(&format!("    1 GiB each way in {:.1} s", took.as_secs_f64()));
     photo.frontend.close(&connection);
+}
+
+fn mptcp_server(photo: &Photo) {
+    let Photo { frontend, datastore, stranger, .. } = photo;
+    let mut wanted = Listen::at(world::at(std::net::Ipv6Addr::UNSPECIFIED, 0), Mode::Echo);
+    wanted.mptcp = true;
+    let listener = datastore.listen(wanted);
+    for family in FAMILIES {
+        for client in [frontend, stranger] {
+            for mptcp in [false, true] {
+                let mut connect = Connect::to(datastore.at(family, listener.port));
+                connect.mptcp = mptcp;
+                let connection = client.connect(connect);
+                assert_eq!(client.exchange(&connection, "many paths").as_deref(), Ok("many paths"));
+                let peer = datastore.accepted(listener).last().expect("it was accepted").peer;
+                assert_eq!(peer.ip().to_canonical(), client.ip(family));
+                client.close(&connection);
+            }
+        }
+    }
 }
 
 fn same_node(photo: &Photo) {

@@ -4,16 +4,23 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit};
 use world::attacker::credentials::{Authority, Leaf};
 use world::attacker::tunnel::{Attempt, Outcome};
 use world::pod::{Family, Plan};
-use world::protocol::{Connect, Many, Mode, Payload};
+use world::protocol::{Command, Connect, Many, Mode, Payload};
 
 use crate::cases::{Cases, say};
-use crate::photo::{BULK, ECHO, HOLD, HTTP, NEEDLE, Photo};
+use crate::photo::{BULK, ECHO, HOLD, HTTP, NEEDLE, Photo, SINK};
 use crate::policies::STRICT;
 
 const TUNNEL: u16 = 15008;
+
+/// More handshakes than a workload may have under way.
+const HALF_OPEN: usize = 600;
+
+/// More connections than a node serves whose daemon may open 20,000 descriptors: 80 % of them, two for each.
+const FLOOD: usize = 9_000;
 
 /// With others starving it, an honest exchange still ends within this; alone it takes milliseconds.
 const HONEST_TIME_MAX: Duration = Duration::from_secs(3);
@@ -41,6 +48,7 @@ fn hostile() {
         slow_reader(&photo, &honest)
     });
     cases.case("many connections of one workload starve nobody (T-11)", || many(&photo, &honest));
+    cases.case("one who takes all the node's connections starves nobody (T-11)", || flood(&photo, &honest));
     cases.case("one who opens and resets starves nobody (T-11)", || resets(&photo, &honest));
     cases.case("junk on the tunnel port is closed", || junk(&photo, &honest));
     cases.case("an application may dial the tunnel port and gains nothing (T-2)", || dials_tunnel(&photo));
@@ -58,11 +66,16 @@ fn mute(photo: &Photo, count: usize) -> Vec<TcpStream> {
 
 fn half_open(photo: &Photo, honest: &dyn Fn()) {
     let watch = photo.b.watch();
-    let held = mute(photo, 500);
-    assert_eq!(held.len(), 500, "they may come");
+    let held = mute(photo, HALF_OPEN);
+    assert_eq!(held.len(), HALF_OPEN, "they may come");
     honest();
+    watch.event(
+        "limit reached",
+        &[("limit", "handshakes_per_workload_max"), ("workload", "datastore/datastore")],
+    );
+    assert!(watch.grew("culvert_limits_total", &[("limit", "handshakes_per_workload_max")]) >= 1.0);
     watch.refused("inbound", "handshake_timed_out", &[]);
-    let closed = held.iter().filter(|stream| ends(stream, Duration::from_secs(15))).count();
+    let closed = held.iter().filter(|stream| ends(stream, Duration::from_secs(30))).count();
     assert_eq!(closed, held.len(), "none is kept");
 }
 
@@ -86,7 +99,7 @@ fn slow_reader(photo: &Photo, honest: &dyn Fn()) {
     let stuck: Vec<_> = connections
         .iter()
         .map(|connection| {
-            photo.frontend.begin(world::protocol::Command::Send {
+            photo.frontend.begin(Command::Send {
                 socket: connection.socket,
                 text: "x".repeat(usize::try_from(BOUND_BYTES).expect("it fits")),
             })
@@ -111,7 +124,7 @@ fn memory_bytes(photo: &Photo) -> u64 {
 }
 
 fn many(photo: &Photo, honest: &dyn Fn()) {
-    let pending = photo.frontend.begin(world::protocol::Command::Many(Many {
+    let pending = photo.frontend.begin(Command::Many(Many {
         to: vec![photo.datastore.at(Family::V4, ECHO)],
         count: 4_000,
         parallel: 1_000,
@@ -124,6 +137,33 @@ fn many(photo: &Photo, honest: &dyn Fn()) {
     }
     let answer = format!("{:?}", pending.outcome());
     say(&format!("    {answer}"));
+}
+
+/// Each of them sends a byte, and waits for an answer that does not come until its time limit ends it.
+fn flood(photo: &Photo, honest: &dyn Fn()) {
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).expect("limits can be read").1;
+    let watch = photo.a.watch();
+    let pending = photo.frontend.begin(Command::Many(Many {
+        to: vec![photo.datastore.at(Family::V4, SINK)],
+        count: FLOOD,
+        parallel: FLOOD,
+        together: true,
+        bytes: 1,
+        timeout_ms: 8_000,
+    }));
+    // Where the machine allows more descriptors the node takes them all, and honest ones are served beside.
+    if descriptors <= 20_000 {
+        watch.event("limit reached", &[("workload", "photo/photo-frontend")]);
+        assert!(watch.grew("culvert_limits_total", &[]) >= 1.0);
+    }
+    for _ in 0..10 {
+        honest();
+    }
+    let answer = pending.outcome();
+    assert!(answer.is_ok(), "{answer:?}");
+    honest();
+    let asked = photo.frontend.http(photo.datastore.at(Family::V4, HTTP));
+    assert!(asked.text.contains("datastore peer="), "and it is served again itself: {asked:?}");
 }
 
 fn resets(photo: &Photo, honest: &dyn Fn()) {

@@ -36,6 +36,7 @@ fn identity() {
     cases.case("a stranger's headers say nothing about a source (T-9)", || forwarded(&photo, &mesh));
     cases.case("two replicas of one account share no tunnel (T-9)", || replicas(&photo));
     cases.case("a workload's certificate does not pose as the CA (T-10)", || false_authority(&photo, &mesh));
+    cases.case("no key and no token is told to anybody", || secrets(&photo));
     cases.case("a daemon does not join a CA that its token does not pin", || false_pin(&photo));
     cases.end();
 }
@@ -488,6 +489,54 @@ fn joining(photo: &Photo, cases: &mut Cases) {
         assert_eq!(Refusal::from_status(&status), None, "a stranger is not told why");
         client.join(&[7; 5], name, csr()).expect_err("nor this");
     });
+}
+
+/// Whatever a program says or shows, and whoever may read its files.
+fn secrets(photo: &Photo) {
+    let ca = photo.world.ca();
+    let mut told: Vec<(String, String)> =
+        vec![("the CA's log".to_owned(), format!("{:?}", ca.log().since(0)))];
+    for node in [&photo.a, &photo.b] {
+        told.push((format!("the log of {}", node.name()), format!("{:?}", node.log().since(0))));
+        told.push((format!("the status of {}", node.name()), node.status().to_string()));
+        told.push((format!("the dump of {}", node.name()), node.dump()));
+    }
+    let mut secrets = Vec::new();
+    for folder in [ca.state(), photo.a.root().join("var/lib/culvert"), photo.b.root().join("var/lib/culvert")]
+    {
+        secrets.extend(keys_below(&folder));
+    }
+    assert!(secrets.len() >= 4, "root, issuing key and two nodes' keys are on disk: {}", secrets.len());
+    for node in [&photo.a, &photo.b] {
+        let token = std::fs::read_to_string(node.root().join("etc/culvert/join-token"));
+        secrets.extend(token.iter().map(|token| token.trim().to_owned()));
+    }
+    for (what, text) in &told {
+        assert!(!text.contains("PRIVATE KEY"), "{what} shows a key");
+        for secret in &secrets {
+            assert!(!text.contains(secret.as_str()), "{what} shows a secret");
+        }
+    }
+}
+
+/// First lines of the keys' bodies; asserts that nobody but root may read them.
+fn keys_below(folder: &std::path::Path) -> Vec<String> {
+    use std::os::unix::fs::MetadataExt;
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).expect("the folder is there").flatten() {
+        let (path, metadata) = (entry.path(), entry.metadata().expect("it is there"));
+        if metadata.is_dir() {
+            found.extend(keys_below(&path));
+            continue;
+        }
+        let text = String::from_utf8_lossy(&std::fs::read(&path).expect("root may read")).into_owned();
+        let mut lines = text.lines();
+        if lines.any(|line| line.contains("PRIVATE KEY")) {
+            assert_eq!(metadata.mode() & 0o077, 0, "{} is open to others", path.display());
+            found.push(lines.next().expect("a key has a body").to_owned());
+        }
+    }
+    found
 }
 
 fn false_pin(photo: &Photo) {

@@ -22,6 +22,7 @@ pub(crate) const GREET: u16 = 9002;
 pub(crate) const FAREWELL: u16 = 9003;
 pub(crate) const HTTP: u16 = 9004;
 pub(crate) const HOLD: u16 = 9005;
+pub(crate) const SINK: u16 = 9006;
 
 /// Nobody listens here.
 pub(crate) const CLOSED: u16 = 9099;
@@ -127,7 +128,8 @@ impl Photo {
             farewell: datastore.serve(FAREWELL, Mode::Farewell),
             http: datastore.serve_http(HTTP, "datastore"),
         };
-        for (port, mode) in [(BULK, Mode::Bulk), (GREET, Mode::Greet), (HOLD, Mode::Hold)] {
+        for (port, mode) in [(BULK, Mode::Bulk), (GREET, Mode::Greet), (HOLD, Mode::Hold), (SINK, Mode::Sink)]
+        {
             datastore.serve(port, mode);
         }
         for loopback in ["127.0.0.1:9100", "[::1]:9100"] {

@@ -352,6 +352,22 @@ impl Node {
         Ok(serde_json::from_slice(&done.stdout)?)
     }
 
+    /// What `culvert dump` says.
+    ///
+    /// # Panics
+    /// If it fails.
+    #[track_caller]
+    pub fn dump(&self) -> String {
+        let done = Command::new(binary("culvert"))
+            .arg("--root")
+            .arg(&self.root)
+            .arg("dump")
+            .output()
+            .expect("culvert can be started");
+        assert!(done.status.success(), "culvert dump: {}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8_lossy(&done.stdout).into_owned()
+    }
+
     /// The configuration file.
     ///
     /// # Errors
