@@ -11,10 +11,13 @@ use node_core::{snapshot::Snapshot, workload::ObjectName};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Shared, carry::Side as _, ground::Ground, inbound, outbound, record::Ending};
+use super::{
+    Shared, carry::Side as _, ground::Ground, inbound, outbound, record::Ending, tunnel::HANDSHAKE_SECONDS,
+};
 use crate::telemetry::{Event, Reason, Sink};
 
 /// Connections of one workload (DESIGN 4.1); streams of tunnels count. At the limit accept pauses for that workload,
@@ -28,9 +31,9 @@ pub const CONNECTIONS_PER_NODE_MAX: usize = 60_000;
 /// Each workload may have so many, however full the node is: one that floods starves no other (T-11).
 pub const CONNECTIONS_RESERVED: usize = 64;
 
-/// Handshakes of one workload under way. Reckoning: 8 KiB and 0.3 ms of CPU each; 512 within their 10 s are 51 a
-/// second from attackers who never finish, and a thousand times that from those who do. At the limit accept pauses for
-/// that workload's listener.
+/// Handshakes of one workload under way at its tunnel port, and as many at its own ports. Reckoning: 8 KiB and 0.3 ms of
+/// CPU each; 512 within their 10 s are 51 a second from attackers who never finish, and a thousand times that from those
+/// who do. At the limit the next wait for their turn as long as a handshake may take, then they are closed.
 pub const HANDSHAKES_PER_WORKLOAD_MAX: usize = 512;
 
 /// Part of the process's descriptors that connections may use, in percent, two for each.
@@ -85,7 +88,9 @@ pub(super) struct Site {
     is_host: bool,
     ground: Arc<dyn Ground>,
     connections: Arc<Semaphore>,
-    handshakes: Arc<Semaphore>,
+    /// At the workload's own ports, and at the tunnel port: neither starves the other.
+    hellos: Arc<Semaphore>,
+    tunnels: Arc<Semaphore>,
     limits: Limits,
     /// No more accepting; what is open goes on.
     closing: CancellationToken,
@@ -116,7 +121,8 @@ impl Site {
             is_host,
             ground,
             connections: Arc::new(Semaphore::new(limits.connections_per_workload)),
-            handshakes: Arc::new(Semaphore::new(limits.handshakes_per_workload)),
+            hellos: Arc::new(Semaphore::new(limits.handshakes_per_workload)),
+            tunnels: Arc::new(Semaphore::new(limits.handshakes_per_workload)),
             limits,
             closing: shared.closing.child_token(),
             gone: shared.ending.child_token(),
@@ -149,13 +155,26 @@ impl Site {
         self.gone.cancel();
     }
 
-    /// A handshake's turn. Waits at the limit.
-    pub(super) async fn handshake(&self, events: &Sink) -> Option<OwnedSemaphorePermit> {
-        if let Ok(turn) = Arc::clone(&self.handshakes).try_acquire_owned() {
-            return Some(turn);
+    /// A turn to say hello at one of the workload's own ports. Waits at the limit.
+    pub(super) async fn hello(&self, events: &Sink) -> Result<OwnedSemaphorePermit, Ending> {
+        self.turn(&self.hellos, events).await
+    }
+
+    /// A turn for a handshake at the tunnel port. Waits at the limit.
+    pub(super) async fn handshake(&self, events: &Sink) -> Result<OwnedSemaphorePermit, Ending> {
+        self.turn(&self.tunnels, events).await
+    }
+
+    async fn turn(&self, turns: &Arc<Semaphore>, events: &Sink) -> Result<OwnedSemaphorePermit, Ending> {
+        const LIMIT: &str = "handshakes_per_workload_max";
+        if let Ok(turn) = Arc::clone(turns).try_acquire_owned() {
+            return Ok(turn);
         }
-        self.tell(events, "handshakes_per_workload_max");
-        Arc::clone(&self.handshakes).acquire_owned().await.ok()
+        self.tell(events, LIMIT);
+        match timeout(Duration::from_secs(HANDSHAKE_SECONDS), Arc::clone(turns).acquire_owned()).await {
+            Ok(Ok(turn)) => Ok(turn),
+            Ok(Err(_)) | Err(_) => Err(Ending::failed(Reason::Limit, LIMIT)),
+        }
     }
 
     /// A place for a connection. Waits at the limit, and so pauses its listener.

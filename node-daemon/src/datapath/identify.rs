@@ -31,6 +31,9 @@ const TLS_HANDSHAKE: u8 = 22;
 /// record holds 16 KiB. Longer ones are no ClientHello.
 const HELLO_BYTES_MAX: usize = 20 * 1024;
 
+/// Room for one read of it, in bytes: most ClientHellos in one piece.
+const HELLO_READ_BYTES: usize = 2 * 1024;
+
 /// Which workload the kernel says has opened an outbound connection. To be asked once: on a host the answer is used up.
 pub(super) fn opener(site: &Site, client: SocketAddr, target: SocketAddr) -> Result<ObjectName, Ending> {
     if !site.is_host() {
@@ -97,6 +100,7 @@ pub(super) async fn listen<I: AsyncRead + Unpin>(
     let mut deadline = first_deadline;
     while read.len() < HELLO_BYTES_MAX {
         let before = read.len();
+        read.reserve(HELLO_READ_BYTES);
         match timeout_at(deadline, stream.read_buf(&mut read)).await {
             Ok(Ok(0)) => break,
             Ok(Ok(_)) => {}

@@ -69,7 +69,7 @@ async fn come_in(
     if mode == TransportMode::Disabled {
         return through(shared, site, stream, facts(Presented::Plaintext), record).await;
     }
-    let turn = site.handshake(&shared.events).await;
+    let turn = site.hello(&shared.events).await?;
     match identify::listen(&mut stream, mode).await? {
         Spoken::Plain(prefix) => {
             drop(turn);
@@ -236,7 +236,7 @@ async fn open_tunnel(
         .cloned()
         .ok_or_else(|| Ending::denied(Reason::Loop, "the tunnel arrived at no address of the workload"))?;
     let credentials = credentials(shared, &presented).await?;
-    let turn = site.handshake(&shared.events).await;
+    let turn = site.handshake(&shared.events).await?;
     let secured =
         tunnel::accept(stream, credentials.tunnel_server()).await.map_err(|failed| refused(&failed))?;
     let Secured { stream, peer, tls, .. } = secured;
