@@ -31,6 +31,7 @@ fn identity() {
         });
     }
     wrong_certificates(&photo, &mesh, &mut cases);
+    mesh_tls(&photo, &mesh, &mut cases);
     authorities(&photo, &mesh, &mut cases);
     impostors(&photo, &mesh, &mut cases);
     cases.case("a stranger's headers say nothing about a source (T-9)", || forwarded(&photo, &mesh));
@@ -129,6 +130,51 @@ fn refused_tunnel(photo: &Photo, credentials: Option<&Credentials>, reason: &str
     assert!(matches!(outcome, Outcome::Closed(_)), "the handshake is ended: {outcome:?}");
     watch.refused("inbound", reason, &[]);
     assert_eq!(photo.datastore.accepted(photo.listeners.echo).len(), before, "the application never saw it");
+}
+
+/// A-6, the row STRICT: TLS on the workload's own port, as a sidecar speaks it.
+fn mesh_tls(photo: &Photo, mesh: &Authority, cases: &mut Cases) {
+    let name = frontend_of(photo);
+    let (right, foreign) =
+        (mesh.issue(&Leaf::of(&[&name])), Authority::stranger().issue(&Leaf::of(&[&name])));
+    let two = mesh.issue(&Leaf::of(&[&name, &photo.backend.identity()]));
+    let dial = |credentials, family| {
+        let mut attempt = Attempt::new(photo.datastore.at(family, ECHO), credentials, "");
+        attempt.alpn = b"istio";
+        attempt.run_plainly(photo.stranger.namespace())
+    };
+    let table = [
+        ("without a certificate", None, "no_certificate"),
+        ("with a certificate of another CA", Some(&foreign), "other_ca"),
+        ("with two URI names", Some(&two), "two_uri_sans"),
+    ];
+    for (what, credentials, reason) in table {
+        cases.case(&format!("mesh TLS on the workload's port {what} is refused (A-6)"), || {
+            for family in FAMILIES {
+                let watch = photo.b.watch();
+                let before = photo.datastore.accepted(photo.listeners.echo).len();
+                let outcome = dial(credentials, family);
+                assert!(matches!(outcome, Outcome::Closed(_)), "{outcome:?}");
+                watch.refused("inbound", reason, &[]);
+                assert_eq!(photo.datastore.accepted(photo.listeners.echo).len(), before);
+            }
+        });
+    }
+    cases.case("mesh TLS on the workload's port with a certificate that is right is served (A-6)", || {
+        for family in FAMILIES {
+            let watch = photo.b.watch();
+            assert_eq!(dial(Some(&right), family), Outcome::Through("ping".to_owned()));
+            watch.served("inbound", &[("path", "relay"), ("source.identity", &name)]);
+        }
+    });
+    cases.case("other TLS on the workload's port is plaintext, and refused (A-6)", || {
+        let mut attempt = Attempt::new(photo.datastore.at(Family::V4, ECHO), Some(&right), "");
+        attempt.alpn = b"http/1.1";
+        let watch = photo.b.watch();
+        let outcome = attempt.run_plainly(photo.stranger.namespace());
+        assert!(matches!(outcome, Outcome::Closed(_)), "{outcome:?}");
+        watch.refused("inbound", "plaintext_refused", &[]);
+    });
 }
 
 /// T-8: the tunnel leads to the workload in whose namespace it arrived, and nowhere else.

@@ -1,4 +1,4 @@
-//! Dials the tunnel port.
+//! Dials the tunnel port, or speaks TLS on a workload's own port as a sidecar does.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http::{Method, Request, Uri};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 use tokio_rustls::TlsConnector;
 
@@ -50,14 +51,22 @@ impl<'a> Attempt<'a> {
 
     /// Runs it inside a namespace.
     pub fn run(&self, inside: &Namespace) -> Outcome {
-        inside.run(|| runtime().block_on(self.attempt()))
+        inside.run(|| runtime().block_on(limited(self.steps())))
     }
 
-    async fn attempt(&self) -> Outcome {
-        match tokio::time::timeout(Duration::from_secs(STEP_SECONDS_MAX), self.steps()).await {
-            Ok(outcome) => outcome.unwrap_or_else(|outcome| outcome),
-            Err(_) => Outcome::Nothing,
-        }
+    /// TLS and the text, without a tunnel around it: `to` is the workload's own port.
+    pub fn run_plainly(&self, inside: &Namespace) -> Outcome {
+        inside.run(|| runtime().block_on(limited(self.plain_steps())))
+    }
+
+    async fn plain_steps(&self) -> Result<Outcome, Outcome> {
+        let stream = self.dial().await.map_err(|error| Outcome::Refused(error.to_string()))?;
+        let connector = TlsConnector::from(Arc::new(self.config()));
+        let mut stream = connector.connect(ServerName::from(self.to.ip()), stream).await.map_err(closed)?;
+        stream.write_all(self.text.as_bytes()).await.map_err(closed)?;
+        let mut echoed = vec![0; self.text.len()];
+        stream.read_exact(&mut echoed).await.map_err(closed)?;
+        Ok(Outcome::Through(String::from_utf8_lossy(&echoed).into_owned()))
     }
 
     async fn steps(&self) -> Result<Outcome, Outcome> {
@@ -129,6 +138,13 @@ impl<'a> Attempt<'a> {
             request = request.header(*name, *value);
         }
         request.body(()).expect("sound headers")
+    }
+}
+
+async fn limited(steps: impl Future<Output = Result<Outcome, Outcome>>) -> Outcome {
+    match tokio::time::timeout(Duration::from_secs(STEP_SECONDS_MAX), steps).await {
+        Ok(outcome) => outcome.unwrap_or_else(|outcome| outcome),
+        Err(_) => Outcome::Nothing,
     }
 }
 
