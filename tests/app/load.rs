@@ -37,8 +37,8 @@ fn run_lane(wanted: &Many, lane: usize, parallel: usize, barrier: &Barrier, text
     for round in 0..wanted.count.div_ceil(parallel) {
         let index = round * parallel + lane;
         let started = Instant::now();
-        let opened =
-            (index < wanted.count).then(|| dial::dial(&connect(&wanted.to, index, wanted.timeout_ms)));
+        let opened = (index < wanted.count)
+            .then(|| dial::dial(&connect(&wanted.to, index, wanted.mapped, wanted.timeout_ms)));
         if wanted.together {
             barrier.wait();
         }
@@ -85,7 +85,7 @@ impl Running {
             }
             let started = Instant::now();
             let index = usize::try_from(attempt).unwrap_or(0);
-            let ended = dial::dial(&connect(&wanted.to, index, wanted.timeout_ms))
+            let ended = dial::dial(&connect(&wanted.to, index, false, wanted.timeout_ms))
                 .and_then(|socket| exchange(&socket, &text));
             count(&mut locked(&self.load), ended, started);
             self.changed.notify_all();
@@ -117,9 +117,10 @@ impl Running {
     }
 }
 
-fn connect(to: &[std::net::SocketAddr], index: usize, timeout_ms: u64) -> Connect {
+fn connect(to: &[std::net::SocketAddr], index: usize, mapped: bool, timeout_ms: u64) -> Connect {
     let mut connect = Connect::to(to[index % to.len()]);
     connect.timeout_ms = timeout_ms;
+    connect.mapped = mapped;
     connect
 }
 

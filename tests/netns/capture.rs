@@ -29,6 +29,30 @@ struct Way {
     change: fn(&mut Connect),
 }
 
+/// By which addresses and which kind of socket an application speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Socket {
+    V4,
+    V6,
+    /// `AF_INET6` to an IPv4 address.
+    Mapped,
+}
+
+const SOCKETS: [Socket; 3] = [Socket::V4, Socket::V6, Socket::Mapped];
+
+impl Socket {
+    fn family(self) -> Family {
+        match self {
+            Self::V4 | Self::Mapped => Family::V4,
+            Self::V6 => Family::V6,
+        }
+    }
+
+    fn connect(self, to: std::net::SocketAddr) -> Connect {
+        Connect { mapped: self == Self::Mapped, ..Connect::to(to) }
+    }
+}
+
 const WAYS: [Way; 12] = [
     Way { name: "a blocking connect", only: None, change: |_| {} },
     Way { name: "a non-blocking connect", only: None, change: |connect| connect.nonblocking = true },
@@ -92,35 +116,35 @@ fn capture() {
         }
     }
     cases.case("clearing the mark opens no way out (T-1)", || cleared_marks(&photo));
-    for family in FAMILIES {
-        cases.case(&format!("a service's address leads to its workload ({family:?})"), || {
-            service(&photo, family)
+    for socket in SOCKETS {
+        cases.case(&format!("a service's address leads to its workload ({socket:?})"), || {
+            service(&photo, socket)
         });
-        cases.case(&format!("own addresses and loopback are untouched ({family:?})"), || own(&photo, family));
-        cases.case(&format!("a loopback-only port is unreachable from outside ({family:?})"), || {
-            loopback_only(&photo, family);
+        cases.case(&format!("own addresses and loopback are untouched ({socket:?})"), || own(&photo, socket));
+        cases.case(&format!("a loopback-only port is unreachable from outside ({socket:?})"), || {
+            loopback_only(&photo, socket);
         });
-        cases.case(&format!("the proxy's own listeners serve nobody in the pod, T-6 ({family:?})"), || {
-            own_listeners(&photo, family);
+        cases.case(&format!("the proxy's own listeners serve nobody in the pod, T-6 ({socket:?})"), || {
+            own_listeners(&photo, socket);
         });
-        cases.case(&format!("a server may speak first ({family:?})"), || speaks_first(&photo, family));
+        cases.case(&format!("a server may speak first ({socket:?})"), || speaks_first(&photo, socket));
         cases
-            .case(&format!("either side may end its half first ({family:?})"), || half_close(&photo, family));
-        cases.case(&format!("a reset of the client reaches the server ({family:?})"), || {
-            reset(&photo, family)
+            .case(&format!("either side may end its half first ({socket:?})"), || half_close(&photo, socket));
+        cases.case(&format!("a reset of the client reaches the server ({socket:?})"), || {
+            reset(&photo, socket)
         });
-        cases.case(&format!("a closed port ends in a reset ({family:?})"), || closed_port(&photo, family));
-        cases.case(&format!("outside the mesh the bytes go unchanged ({family:?})"), || {
-            outside(&photo, family)
+        cases.case(&format!("a closed port ends in a reset ({socket:?})"), || closed_port(&photo, socket));
+        cases.case(&format!("outside the mesh the bytes go unchanged ({socket:?})"), || {
+            outside(&photo, socket)
         });
-        cases.case(&format!("a stranger's plaintext is served under PERMISSIVE ({family:?})"), || {
-            permissive(&photo, family);
+        cases.case(&format!("a stranger's plaintext is served under PERMISSIVE ({socket:?})"), || {
+            permissive(&photo, socket);
         });
-        cases.case(&format!("300 destinations are reached with 200 local ports ({family:?})"), || {
-            few_ports(&photo, family);
+        cases.case(&format!("300 destinations are reached with 200 local ports ({socket:?})"), || {
+            few_ports(&photo, socket);
         });
-        cases.case(&format!("2,000 connections stand at once ({family:?})"), || concurrent(&photo, family));
-        cases.case(&format!("1 GiB goes both ways unharmed ({family:?})"), || bulk(&photo, family));
+        cases.case(&format!("2,000 connections stand at once ({socket:?})"), || concurrent(&photo, socket));
+        cases.case(&format!("1 GiB goes both ways unharmed ({socket:?})"), || bulk(&photo, socket));
     }
     cases.case("an MPTCP server is reached as any other", || mptcp_server(&photo));
     cases.case("two workloads of one node reach each other", || same_node(&photo));
@@ -208,20 +232,22 @@ fn cleared_marks(photo: &Photo) {
     assert!(dropped >= 1.0, "the guard dropped nothing: was there anything to drop?");
 }
 
-fn service(photo: &Photo, family: Family) {
+fn service(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let watch = photo.a.watch();
     let to = photo.service(family, 80);
-    let connection = photo.frontend.connect(Connect::to(to));
-    assert_eq!(connection.peer, to, "the application sees the address that it asked for");
+    let connection = photo.frontend.connect(socket.connect(to));
+    assert_eq!(canonical(connection.peer), to, "the application sees the address that it asked for");
     photo.frontend.close(&connection);
-    let asked = photo.frontend.http(to);
+    let asked = photo.frontend.http_by(socket.connect(to));
     assert!(asked.text.contains("datastore peer="), "{asked:?}");
     assert!(asked.text.contains(&photo.frontend.ip(family).to_string()), "{asked:?}");
     let line = watch.served("outbound", &[("path", "tunnel"), ("destination.workload", "datastore")]);
     assert!(is(&line, "service", "datastore/datastore"), "{line}");
 }
 
-fn own(photo: &Photo, family: Family) {
+fn own(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let Photo { frontend, .. } = photo;
     let listener = frontend.serve(0, Mode::Echo);
     let loopback = match family {
@@ -229,7 +255,7 @@ fn own(photo: &Photo, family: Family) {
         Family::V6 => "::1".parse().expect("an address"),
     };
     for ip in [frontend.ip(family), loopback] {
-        let connection = frontend.connect(Connect::to(world::at(ip, listener.port)));
+        let connection = frontend.connect(socket.connect(world::at(ip, listener.port)));
         assert_eq!(frontend.exchange(&connection, "to myself").as_deref(), Ok("to myself"));
         let peer = frontend.accepted(listener).last().expect("it was accepted").peer;
         assert_eq!(
@@ -242,17 +268,19 @@ fn own(photo: &Photo, family: Family) {
     frontend.close_listener(listener);
 }
 
-fn loopback_only(photo: &Photo, family: Family) {
+fn loopback_only(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let watch = photo.b.watch();
     for client in [&photo.frontend, &photo.stranger] {
-        let asked = client.ask(Connect::to(photo.datastore.at(family, 9100)), "");
+        let asked = client.ask(socket.connect(photo.datastore.at(family, 9100)), "");
         assert_eq!(asked.text, "", "a loopback-only port answered {}", client.name());
         assert!(asked.refused.is_some() || asked.end == "ECONNRESET", "{asked:?}");
     }
     watch.refused("inbound", "nothing_listening", &[("source.workload", "photo-frontend")]);
 }
 
-fn own_listeners(photo: &Photo, family: Family) {
+fn own_listeners(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let Photo { frontend, .. } = photo;
     let ports: Vec<u16> = frontend
         .sockets()
@@ -268,7 +296,7 @@ fn own_listeners(photo: &Photo, family: Family) {
     let watch = photo.a.watch();
     for ip in [frontend.ip(family), loopback] {
         for port in &ports {
-            let mut connect = Connect::to(world::at(ip, *port));
+            let mut connect = socket.connect(world::at(ip, *port));
             connect.timeout_ms = 5_000;
             let asked = frontend.ask(connect, "GET / HTTP/1.1\r\n\r\n");
             // The tunnel's listener may say why it closes, as TLS does: an alert record.
@@ -281,21 +309,23 @@ fn own_listeners(photo: &Photo, family: Family) {
     assert!(counted >= 1.0, "a loop is counted");
 }
 
-fn speaks_first(photo: &Photo, family: Family) {
+fn speaks_first(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     // Through the tunnel, and in the clear under PERMISSIVE, where the server waits for a first byte in vain.
     for client in [&photo.frontend, &photo.stranger] {
-        let connection = client.connect(Connect::to(photo.datastore.at(family, GREET)));
+        let connection = client.connect(socket.connect(photo.datastore.at(family, GREET)));
         assert_eq!(client.receive(&connection, 6).as_deref(), Ok("hello\n"), "{}", client.name());
         assert_eq!(client.exchange(&connection, "thanks").as_deref(), Ok("thanks"));
         client.close(&connection);
     }
 }
 
-fn half_close(photo: &Photo, family: Family) {
+fn half_close(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let Photo { frontend, datastore, listeners, .. } = photo;
     // The server ends its half, and goes on hearing.
     let before = datastore.accepted(listeners.farewell).len();
-    let connection = frontend.connect(Connect::to(datastore.at(family, FAREWELL)));
+    let connection = frontend.connect(socket.connect(datastore.at(family, FAREWELL)));
     let ended = frontend.drain(&connection, Duration::from_secs(5));
     assert_eq!((ended.bytes, ended.end.as_str()), (6, "eof"));
     frontend.send(&connection, "and now I").expect("this half is open");
@@ -305,36 +335,39 @@ fn half_close(photo: &Photo, family: Family) {
     assert_eq!((last.received, last.end.as_deref()), (9, Some("eof")));
     frontend.close(&connection);
     // The client ends its half, and goes on hearing: what bulk does with every transfer.
-    let connection = frontend.connect(Connect::to(datastore.at(family, BULK)));
+    let connection = frontend.connect(socket.connect(datastore.at(family, BULK)));
     let took = frontend.bulk(&connection, Payload::seeded(10, 1), Payload::seeded(8 * MIB, 2));
     took.expect("what comes after the client's end arrives");
 }
 
-fn reset(photo: &Photo, family: Family) {
+fn reset(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let Photo { frontend, datastore, listeners, .. } = photo;
     let before = datastore.accepted(listeners.echo).len();
-    let connection = frontend.connect(Connect::to(datastore.at(family, ECHO)));
+    let connection = frontend.connect(socket.connect(datastore.at(family, ECHO)));
     assert_eq!(frontend.exchange(&connection, "x").as_deref(), Ok("x"));
     frontend.reset(&connection);
     let accepted = datastore.wait_accepted(listeners.echo, before, 1, true);
     assert_eq!(accepted[0].end.as_deref(), Some("ECONNRESET"));
 }
 
-fn closed_port(photo: &Photo, family: Family) {
+fn closed_port(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let (source, destination) = (photo.a.watch(), photo.b.watch());
-    let asked = photo.frontend.ask(Connect::to(photo.datastore.at(family, CLOSED)), "is anybody there?");
+    let asked = photo.frontend.ask(socket.connect(photo.datastore.at(family, CLOSED)), "is anybody there?");
     assert_eq!(asked.text, "");
     assert!(asked.refused.is_some() || asked.end == "ECONNRESET", "an error, not an orderly end: {asked:?}");
     destination.refused("inbound", "nothing_listening", &[("source.workload", "photo-frontend")]);
     source.refused("outbound", "nothing_listening", &[("source.workload", "photo-frontend")]);
 }
 
-fn outside(photo: &Photo, family: Family) {
+fn outside(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let Photo { frontend, outside, .. } = photo;
     let watch = photo.a.watch();
     let to = outside.at(family, ECHO);
     let capture = photo.world.capture(&photo.a, NEEDLE);
-    let connection = frontend.connect(Connect::to(to));
+    let connection = frontend.connect(socket.connect(to));
     assert_eq!(frontend.exchange(&connection, NEEDLE).as_deref(), Ok(NEEDLE));
     frontend.close(&connection);
     let line = watch.served("outbound", &[("path", "passthrough"), ("destination.address", &to.to_string())]);
@@ -345,10 +378,11 @@ fn outside(photo: &Photo, family: Family) {
     assert!(seen.needles > 0, "unchanged, so in the clear");
 }
 
-fn permissive(photo: &Photo, family: Family) {
+fn permissive(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let Photo { stranger, datastore, .. } = photo;
     let watch = photo.b.watch();
-    let asked = stranger.http(datastore.at(family, HTTP));
+    let asked = stranger.http_by(socket.connect(datastore.at(family, HTTP)));
     assert!(
         asked.text.contains(&format!("{}", stranger.ip(family))),
         "with the true client address: {asked:?}"
@@ -364,7 +398,8 @@ fn permissive(photo: &Photo, family: Family) {
 }
 
 /// Captured connections to different destinations share local ports, as without the mesh.
-fn few_ports(photo: &Photo, family: Family) {
+fn few_ports(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     const DESTINATIONS: u16 = 300;
     let Photo { frontend, datastore, .. } = photo;
     let namespace = frontend.namespace();
@@ -375,6 +410,7 @@ fn few_ports(photo: &Photo, family: Family) {
     let listener = datastore.listen(wanted);
     let load = frontend.many(Many {
         to: (0..DESTINATIONS).map(|index| datastore.at(family, 20_000 + index)).collect(),
+        mapped: socket == Socket::Mapped,
         count: usize::from(DESTINATIONS),
         parallel: usize::from(DESTINATIONS),
         together: true,
@@ -386,9 +422,11 @@ fn few_ports(photo: &Photo, family: Family) {
     assert_eq!((load.succeeded, load.failed), (u64::from(DESTINATIONS), Default::default()));
 }
 
-fn concurrent(photo: &Photo, family: Family) {
+fn concurrent(photo: &Photo, socket: Socket) {
+    let family = socket.family();
     let load = photo.frontend.many(Many {
         to: vec![photo.datastore.at(family, ECHO)],
+        mapped: socket == Socket::Mapped,
         count: 2_000,
         parallel: 2_000,
         together: true,
@@ -399,8 +437,9 @@ fn concurrent(photo: &Photo, family: Family) {
     assert_eq!((load.succeeded, load.failed), (2_000, Default::default()));
 }
 
-fn bulk(photo: &Photo, family: Family) {
-    let connection = photo.frontend.connect(Connect::to(photo.datastore.at(family, BULK)));
+fn bulk(photo: &Photo, socket: Socket) {
+    let family = socket.family();
+    let connection = photo.frontend.connect(socket.connect(photo.datastore.at(family, BULK)));
     let took = photo
         .frontend
         .bulk(&connection, Payload::seeded(1024 * MIB, 1), Payload::seeded(1024 * MIB, 2))

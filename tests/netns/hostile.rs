@@ -126,6 +126,7 @@ fn memory_bytes(photo: &Photo) -> u64 {
 fn many(photo: &Photo, honest: &dyn Fn()) {
     let pending = photo.frontend.begin(Command::Many(Many {
         to: vec![photo.datastore.at(Family::V4, ECHO)],
+        mapped: false,
         count: 4_000,
         parallel: 1_000,
         together: true,
@@ -145,6 +146,7 @@ fn flood(photo: &Photo, honest: &dyn Fn()) {
     let watch = photo.a.watch();
     let pending = photo.frontend.begin(Command::Many(Many {
         to: vec![photo.datastore.at(Family::V4, SINK)],
+        mapped: false,
         count: FLOOD,
         parallel: FLOOD,
         together: true,

@@ -198,7 +198,13 @@ impl App {
     /// One HTTP request.
     #[track_caller]
     pub fn http(&self, to: SocketAddr) -> Asked {
-        self.ask(Connect::to(to), "GET / HTTP/1.1\r\nhost: test\r\n\r\n")
+        self.http_by(Connect::to(to))
+    }
+
+    /// One HTTP request on a connection of this kind.
+    #[track_caller]
+    pub fn http_by(&self, connect: Connect) -> Asked {
+        self.ask(connect, "GET / HTTP/1.1\r\nhost: test\r\n\r\n")
     }
 
     /// Sends on an open connection.

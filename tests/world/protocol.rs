@@ -276,6 +276,8 @@ impl Payload {
 pub struct Many {
     /// Connection n goes to the n-th of these, round and round.
     pub to: Vec<SocketAddr>,
+    /// By `AF_INET6` sockets to IPv4 destinations.
+    pub mapped: bool,
     /// How many in all.
     pub count: usize,
     /// How many at a time.
