@@ -51,6 +51,9 @@ pub fn missing(views: &Views) -> Vec<String> {
     if let Some(problem) = snapshot.unreadable() {
         missing.push(format!("documents: {problem}")); // T-19
     }
+    if (views.node_certificate)().is_none() {
+        missing.push("the node's own certificate: it has not joined the mesh yet".to_owned());
+    }
     let enrolments: BTreeMap<_, _> = (views.enrolments)()
         .into_iter()
         .map(|EnrolmentView { workload, problem }| (workload, problem))

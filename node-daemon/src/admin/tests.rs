@@ -268,6 +268,9 @@ fn readiness_names_everything_that_is_missing() {
     let mut node = Node::new();
     node.views.enrolments = Arc::new(Vec::new);
     assert!(answer(&node).body.contains("not enrolled yet"));
+    let mut node = Node::new();
+    node.views.node_certificate = Arc::new(|| None);
+    assert!(answer(&node).body.contains("has not joined the mesh yet"));
     let node = Node::new();
     node.stage.send_replace(Stage::Draining);
     assert!(answer(&node).body.contains("draining"));
