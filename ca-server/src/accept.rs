@@ -72,7 +72,7 @@ pub(crate) struct Services {
     pub(crate) workload_lifetime: Duration,
     pub(crate) node_lifetime: Duration,
     pub(crate) cancel: CancellationToken,
-    slots: Semaphore,
+    slots: Slots,
 }
 
 impl Services {
@@ -103,7 +103,7 @@ impl Services {
             workload_lifetime: config.workload_lifetime,
             node_lifetime: config.node_lifetime,
             cancel,
-            slots: Semaphore::new(REQUESTS_MAX),
+            slots: Slots::new(REQUESTS_MAX),
         }
     }
 
@@ -111,15 +111,9 @@ impl Services {
         identify::node(peer.leaf.as_deref(), self.authority.trust_domain(), self.clock.now())
     }
 
-    fn slot(&self) -> Result<SemaphorePermit<'_>, Refusal> {
-        self.slots.try_acquire().map_err(|_| {
-            Refusal::new(Reason::Overloaded, format!("{REQUESTS_MAX} requests are being worked on"))
-        })
-    }
-
     async fn join(self: &Arc<Self>, request: JoinRequest, peer: SocketAddr) -> Result<IssuedToNode, Refused> {
         let request = Join::try_from(request).map_err(|error| Refused::stranger(field(&error)))?;
-        let _slot = self.slot().map_err(Refused::stranger)?;
+        let _slot = self.slots.take().map_err(Refused::stranger)?;
         let node = request.node.clone();
         let services = Arc::clone(self);
         // Note and answer are one transaction with a sync of the disk.
@@ -164,7 +158,7 @@ impl Services {
         let caller = self.node(peer).map_err(Refused::stranger)?;
         let refused = |refusal| Refused::node(refusal, &caller);
         let Renew { csr } = Renew::try_from(request).map_err(|error| refused(field(&error)))?;
-        let _slot = self.slot().map_err(refused)?;
+        let _slot = self.slots.take().map_err(refused)?;
         let csr = Csr::verify(&csr).map_err(refused)?;
         let grant = authorise::renew(&caller, &csr, self.node_lifetime).map_err(refused)?;
         let certificate = self.issue("Renew", &csr, grant, peer.address).await.map_err(refused)?;
@@ -176,7 +170,7 @@ impl Services {
         let refused = |refusal| Refused::node(refusal, &caller);
         let request = CreateCertificate::try_from(request).map_err(|error| refused(field(&error)))?;
         let grant = self.authorise(&caller, &request).await.map_err(refused)?;
-        let _slot = self.slot().map_err(refused)?;
+        let _slot = self.slots.take().map_err(refused)?;
         let csr = Csr::verify(&request.csr).map_err(refused)?;
         let certificate =
             self.issue("CreateCertificate", &csr, grant, peer.address).await.map_err(refused)?;
@@ -232,6 +226,25 @@ impl Services {
         // Load is no secret, and must not be taken for a refusal for good.
         let load = matches!(refusal.reason, Reason::Overloaded | Reason::NotReady);
         if *known || load { refusal.to_status() } else { Refusal::opaque_status() }
+    }
+}
+
+/// Places for requests that are worked on at once.
+struct Slots {
+    free: Semaphore,
+    requests_max: usize,
+}
+
+impl Slots {
+    fn new(requests_max: usize) -> Self {
+        Self { free: Semaphore::new(requests_max), requests_max }
+    }
+
+    /// A place until the end of the request.
+    fn take(&self) -> Result<SemaphorePermit<'_>, Refusal> {
+        self.free.try_acquire().map_err(|_| {
+            Refusal::new(Reason::Overloaded, format!("{} requests are being worked on", self.requests_max))
+        })
     }
 }
 
@@ -430,5 +443,190 @@ impl Drop for Watching {
                 nodes.remove(&self.node);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::KeyPair;
+    use tonic::Code;
+
+    use super::*;
+    use crate::keys::tests::World;
+    use crate::registry;
+
+    const REGISTRY: &str = "apiVersion: culvert.io/v1alpha1\nkind: Workload\nmetadata: {name: a-0, namespace: shop}\n\
+                            spec: {serviceAccount: cart, node: node-a}\n";
+
+    /// The services without sockets: calls are made as tonic makes them.
+    struct Called {
+        world: World,
+        rpc: Rpc,
+        _publish: watch::Sender<Arc<Bundle>>,
+        folder: std::path::PathBuf,
+    }
+
+    impl Called {
+        fn new(name: &str, requests_max: usize) -> Self {
+            let clock = Clock::system();
+            let world = World::new(name, clock.now());
+            let folder = std::env::temp_dir().join(format!("culvert-ca-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&folder).expect("made");
+            std::fs::write(folder.join("all.yaml"), REGISTRY).expect("written");
+            let config = Config {
+                trust_domain: world.authority.trust_domain().clone(),
+                listen: ([127, 0, 0, 1], 0).into(),
+                state: folder.clone(),
+                admin_socket: folder.join("ca.sock"),
+                registry: folder.clone(),
+                workload_lifetime: Duration::from_secs(60),
+                node_lifetime: Duration::from_secs(60),
+                init_new_root: false,
+            };
+            let bundle = Bundle { version: 1, roots: vec![world.authority.root().clone()] };
+            let (publish, bundle) = watch::channel(Arc::new(bundle));
+            let cancel = CancellationToken::new();
+            let mut services = Services::new(
+                &config,
+                Arc::clone(&world.authority),
+                Arc::clone(&world.ledger),
+                Recorder::start(Arc::clone(&world.ledger)).expect("a thread"),
+                registry::start(&folder, cancel.clone()).expect("readable"),
+                bundle,
+                Arc::default(),
+                clock,
+                cancel,
+            );
+            services.slots = Slots::new(requests_max);
+            Self { world, rpc: Rpc(Arc::new(services)), _publish: publish, folder }
+        }
+
+        /// A request on a connection of node-a.
+        fn request<T>(&self, message: T) -> Request<T> {
+            let mut request = Request::new(message);
+            request
+                .extensions_mut()
+                .insert(Peer { address: ([127, 0, 0, 1], 1).into(), leaf: Some(self.leaf()) });
+            request
+        }
+
+        fn leaf(&self) -> Arc<CertificateDer<'static>> {
+            let (services, now) = (&self.rpc.0, self.rpc.0.clock.now());
+            let name: NodeId = "spiffe://cluster.local/culvert/node/node-a".parse().expect("a name");
+            let hash = [1; 32];
+            let token = crate::ledger::TokenRecord {
+                secret_hash: hash,
+                node: name.name().to_owned(),
+                expires: now.plus(60),
+                used: None,
+            };
+            let csr = Csr::verify(&csr()).expect("a good one");
+            let domain = self.world.authority.trust_domain();
+            let joining = authorise::join(&name, domain, &hash, &token, &csr, services.node_lifetime, now);
+            let Joining::First(grant) = joining.expect("granted") else { panic!("the token is fresh") };
+            Arc::new(issue(&csr, grant, &self.world.authority.issuing(), now).expect("issued").leaf)
+        }
+
+        fn counter(&self, name: &str) -> u64 {
+            self.rpc.0.telemetry.counters().get(name).copied().unwrap_or(0)
+        }
+    }
+
+    impl Drop for Called {
+        fn drop(&mut self) {
+            self.rpc.0.cancel.cancel();
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
+    }
+
+    /// Acknowledgements of a node that sends none.
+    struct NoAcks;
+
+    impl tonic::codec::Decoder for NoAcks {
+        type Item = WatchRequest;
+        type Error = Status;
+
+        fn decode(&mut self, _: &mut tonic::codec::DecodeBuf<'_>) -> Result<Option<WatchRequest>, Status> {
+            Ok(None)
+        }
+    }
+
+    fn csr() -> ca_proto::convert::CsrDer {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        let der = params.serialize_request(&key).expect("a request").der().to_vec();
+        ca_proto::convert::CsrDer::from_der(der).expect("small")
+    }
+
+    fn ask_for(account: &str) -> IstioCertificateRequest {
+        let identity = format!("spiffe://cluster.local/ns/shop/sa/{account}").parse().expect("a name");
+        let pem = ca_proto::convert::certificate_pem(csr().as_bytes());
+        CreateCertificate::request(&identity, pem.replace("CERTIFICATE", "CERTIFICATE REQUEST"), None)
+    }
+
+    #[tokio::test]
+    async fn requests_above_the_limit_are_refused_as_overload_and_counted() {
+        let called = Called::new("requests", 1);
+        let busy = called.rpc.0.slots.take().expect("within the limit");
+        let join = JoinRequest {
+            token: vec![1; 32],
+            node: "spiffe://cluster.local/culvert/node/node-a".into(),
+            csr: csr().as_bytes().to_vec(),
+        };
+        let renew = RenewRequest { csr: csr().as_bytes().to_vec() };
+        for (call, refused) in [
+            ("CreateCertificate", called.rpc.create_certificate(called.request(ask_for("cart"))).await.err()),
+            ("Join", called.rpc.join(called.request(join)).await.err()),
+            ("Renew", called.rpc.renew(called.request(renew)).await.err()),
+        ] {
+            let status = refused.unwrap_or_else(|| panic!("{call} is refused"));
+            assert_eq!(
+                (status.code(), status.message()),
+                (Code::ResourceExhausted, "1 requests are being worked on"),
+                "{call}: clients try again"
+            );
+            assert_eq!(called.counter(&format!("refused_total{{call=\"{call}\",reason=\"OVERLOADED\"}}")), 1);
+        }
+        drop(busy);
+        called.rpc.create_certificate(called.request(ask_for("cart"))).await.expect("there is room again");
+    }
+
+    #[tokio::test]
+    async fn what_the_registry_does_not_say_within_a_second_is_refused() {
+        let called = Called::new("wait", 1);
+        let request = called.request(ask_for("nobody"));
+        tokio::time::pause();
+        let before = tokio::time::Instant::now();
+        let status = called.rpc.create_certificate(request).await.expect_err("refused");
+        assert_eq!(
+            (status.code(), before.elapsed().as_secs()),
+            (Code::PermissionDenied, REGISTRY_WAIT.as_secs())
+        );
+        assert_eq!(
+            called.counter("refused_total{call=\"CreateCertificate\",reason=\"IDENTITY_NOT_ON_NODE\"}"),
+            1
+        );
+    }
+
+    #[tokio::test]
+    async fn a_node_that_does_not_read_finds_the_queue_and_no_more() {
+        let called = Called::new("unread", 1);
+        let silence = Streaming::new_request(NoAcks, tonic::body::Body::empty(), None, None);
+        let request = called.request(silence);
+        tokio::time::pause();
+        let mut stream = called.rpc.watch(request).await.expect("watches").into_inner();
+        // Twenty heartbeats are due, and nobody reads.
+        tokio::time::sleep(Duration::from_secs(20 * ca_proto::WATCH_HEARTBEAT_SECONDS)).await;
+        let (now, mut found) = (tokio::time::Instant::now(), 0);
+        loop {
+            tokio_stream::StreamExt::next(&mut stream).await.expect("it lives").expect("in order");
+            if tokio::time::Instant::now() > now {
+                break;
+            }
+            found += 1;
+        }
+        // The queue, the one that waited for room in it, and the one that was overdue behind that.
+        assert_eq!(found, WATCH_QUEUE + 2);
     }
 }

@@ -14,26 +14,28 @@ use ca_proto::join_token::{JoinToken, SECRET_BYTES, TokenSecret};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use spiffe_id::NodeId;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use crate::accept::Services;
+use crate::listen::ACCEPT_PAUSE;
 use crate::telemetry::Event;
 
 /// Longest life of a join token, in seconds: long enough to carry it to a machine, short enough that a copy in a
 /// terminal's history is worth nothing.
 const TOKEN_SECONDS_MAX: u64 = 3600;
 
-/// Longest line in either direction, in bytes; a status of 5,000 nodes takes half of it.
+/// Longest line in either direction, in bytes, its newline included; a status of 5,000 nodes takes half of it. A longer
+/// one is refused.
 const LINE_BYTES_MAX: u64 = 1024 * 1024;
 
 /// How long one exchange may take.
 const EXCHANGE_MAX: Duration = Duration::from_secs(5);
 
-/// Exchanges at once; the operator is one person. Further ones wait.
+/// Exchanges at once; the operator is one person. Further ones wait in the kernel's queue.
 const EXCHANGES_MAX: usize = 8;
 
 /// Why the operator's socket did not serve.
@@ -118,14 +120,15 @@ pub(crate) async fn serve(
     loop {
         let accepted = tokio::select! {
             () = cancel.cancelled() => break,
-            accepted = listener.accept() => accepted,
+            accepted = next(&listener, &slots) => accepted,
         };
-        let Ok((stream, _)) = accepted.inspect_err(|error| tracing::warn!(%error, "admin socket")) else {
+        let Ok((stream, slot)) = accepted.inspect_err(|error| tracing::warn!(%error, "admin socket")) else {
+            tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
-        let (services, slots) = (Arc::clone(&services), Arc::clone(&slots));
+        let services = Arc::clone(&services);
         tokio::spawn(async move {
-            let Ok(_slot) = slots.acquire().await else { return };
+            let _slot = slot;
             match tokio::time::timeout(EXCHANGE_MAX, exchange(stream, &services)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::debug!(%error, "admin exchange failed"),
@@ -136,15 +139,23 @@ pub(crate) async fn serve(
     let _ = tokio::fs::remove_file(&path).await;
 }
 
+async fn next(
+    listener: &UnixListener,
+    slots: &Arc<Semaphore>,
+) -> io::Result<(UnixStream, OwnedSemaphorePermit)> {
+    let slot = Arc::clone(slots).acquire_owned().await.map_err(io::Error::other)?;
+    let (stream, _) = listener.accept().await?;
+    Ok((stream, slot))
+}
+
 async fn exchange(mut stream: UnixStream, services: &Arc<Services>) -> io::Result<()> {
     let caller = stream.peer_cred()?.uid();
     let (read, mut write) = stream.split();
     let answer = if caller == 0 || caller == nix::unistd::geteuid().as_raw() {
-        let mut line = String::new();
-        BufReader::new(read.take(LINE_BYTES_MAX)).read_line(&mut line).await?;
-        match serde_json::from_str(&line) {
-            Ok(command) => run(command, services).await,
-            Err(error) => Answer::Error(format!("not a command: {error}")),
+        match read_line(read, LINE_BYTES_MAX).await?.map(|line| serde_json::from_str(&line)) {
+            Ok(Ok(command)) => run(command, services).await,
+            Ok(Err(error)) => Answer::Error(format!("not a command: {error}")),
+            Err(TooLong) => Answer::Error(format!("not a command: it is longer than {LINE_BYTES_MAX} bytes")),
         }
     } else {
         tracing::warn!(uid = caller, "admin socket: refused a caller that is neither root nor our own user");
@@ -153,6 +164,21 @@ async fn exchange(mut stream: UnixStream, services: &Arc<Services>) -> io::Resul
     let mut line = Zeroizing::new(serde_json::to_vec(&answer)?);
     line.push(b'\n');
     write.write_all(&line).await
+}
+
+/// A line has no end within the limit.
+#[derive(Debug, PartialEq, Eq)]
+struct TooLong;
+
+/// One line; a stream that ends without a newline ends it too.
+async fn read_line(
+    from: impl AsyncRead + Unpin,
+    bytes_max: u64,
+) -> io::Result<Result<Zeroizing<String>, TooLong>> {
+    let mut line = Zeroizing::new(String::new());
+    // One byte more than the limit tells a line that is too long from one that ends there.
+    let read = BufReader::new(from.take(bytes_max + 1)).read_line(&mut line).await?;
+    Ok(if read as u64 > bytes_max { Err(TooLong) } else { Ok(line) })
 }
 
 async fn run(command: Command, services: &Arc<Services>) -> Answer {
@@ -243,9 +269,13 @@ async fn ask(socket: &Path, command: &Command) -> Result<serde_json::Value, Admi
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');
         write.write_all(&line).await?;
-        let mut answer = Zeroizing::new(String::new());
-        BufReader::new(read.take(LINE_BYTES_MAX)).read_line(&mut answer).await?;
-        Ok(answer)
+        let answer = read_line(read, LINE_BYTES_MAX).await?;
+        answer.map_err(|TooLong| {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("its answer is longer than {LINE_BYTES_MAX} bytes"),
+            )
+        })
     };
     let answer = tokio::time::timeout(EXCHANGE_MAX, exchange)
         .await
@@ -259,5 +289,27 @@ async fn ask(socket: &Path, command: &Command) -> Result<serde_json::Value, Admi
         Ok(Answer::Ok(value)) => Ok(value),
         Ok(Answer::Error(problem)) => Err(AdminError::Refused(problem)),
         Err(error) => Err(AdminError::Answer { path: socket.to_owned(), problem: error.to_string() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_line_ends_at_the_limit_or_is_refused() {
+        for (text, expected) in [
+            ("12345678\n", Ok("12345678\n")),
+            ("123456789", Ok("123456789")),
+            ("123456789\n", Err(TooLong)),
+            ("1234567890", Err(TooLong)),
+            // White space behind a command is no way around it either.
+            ("{}        \n", Err(TooLong)),
+            ("{}\nand more behind it", Ok("{}\n")),
+            ("", Ok("")),
+        ] {
+            let read = read_line(text.as_bytes(), 9).await.expect("readable");
+            assert_eq!(read.as_ref().map(|line| line.as_str()), expected.as_ref().copied(), "{text:?}");
+        }
     }
 }

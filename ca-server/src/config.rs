@@ -222,6 +222,25 @@ mod tests {
     }
 
     #[test]
+    fn a_file_above_the_limit_is_refused() {
+        let path = std::env::temp_dir().join(format!("culvert-ca-config-{}.yaml", std::process::id()));
+        let load = |bytes: u64| {
+            let mut text = String::from("trustDomain: td\n#");
+            text.push_str(&" ".repeat(usize::try_from(bytes).expect("small") - text.len()));
+            std::fs::write(&path, text).expect("written");
+            Config::load(&path, Path::new("/r"))
+        };
+        let (within, above) = (load(FILE_BYTES_MAX), load(FILE_BYTES_MAX + 1));
+        std::fs::remove_file(&path).expect("removed");
+        within.expect("at the limit");
+        let error = above.expect_err("above the limit");
+        assert!(
+            matches!(error, ConfigError::TooLong { bytes, .. } if bytes == FILE_BYTES_MAX + 1),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn the_limits_of_a_lifetime_are_exact() {
         for (key, max) in
             [("workloadLifetimeSeconds", WORKLOAD_SECONDS_MAX), ("nodeLifetimeSeconds", NODE_SECONDS_MAX)]

@@ -281,3 +281,53 @@ fn refused_key(what: &str) -> Refusal {
         ),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SubjectPublicKeyInfo of an RSA key whose modulus has so many bits, all of them ones.
+    fn rsa_of(bits: usize) -> Vec<u8> {
+        let mut modulus = vec![0xff; bits.div_ceil(8)];
+        modulus[0] >>= (8 - bits % 8) % 8;
+        if modulus[0] >= 0x80 {
+            modulus.insert(0, 0); // or it would be negative
+        }
+        let key = tlv(0x30, &[tlv(0x02, &modulus), tlv(0x02, &[1, 0, 1])].concat());
+        let oid = [0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01, 0x05, 0x00];
+        tlv(0x30, &[tlv(0x30, &oid), tlv(0x03, &[vec![0], key].concat())].concat())
+    }
+
+    fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
+        let length = content.len().to_be_bytes();
+        let significant: Vec<u8> = length.into_iter().skip_while(|byte| *byte == 0).collect();
+        let head = match content.len() {
+            0..0x80 => vec![tag, length[7]],
+            _ => [vec![tag, 0x80 | u8::try_from(significant.len()).expect("few")], significant].concat(),
+        };
+        [head, content.to_vec()].concat()
+    }
+
+    #[test]
+    fn the_limits_of_an_rsa_key_are_exact() {
+        for (bits, signed) in [
+            (RSA_BITS_MIN - 1, false),
+            (RSA_BITS_MIN, true),
+            (3072, true),
+            (RSA_BITS_MAX, true),
+            (RSA_BITS_MAX + 1, false),
+            (RSA_BITS_MAX + 8, false),
+            (9, false),
+        ] {
+            let der = rsa_of(bits);
+            let (_, spki) = SubjectPublicKeyInfo::from_der(&der).expect("well formed");
+            match KeyKind::of(&spki) {
+                Ok(kind) => assert!(signed && kind == KeyKind::Rsa, "{bits} bits"),
+                Err(refusal) => {
+                    assert!(!signed && refusal.reason == Reason::CsrKey, "{bits} bits: {}", refusal.message);
+                    assert!(refusal.message.contains(&format!("RSA of {bits} bits")), "{}", refusal.message);
+                }
+            }
+        }
+    }
+}

@@ -50,7 +50,7 @@ const ISSUING_SECONDS: u64 = 30 * 86_400;
 /// that it signs lives, so none is cut short.
 const ISSUING_SECONDS_LEFT_MIN: u64 = ISSUING_SECONDS / 3;
 
-/// Largest file of keys that is read, in bytes; ours have 1.5 KiB.
+/// Largest file of keys that is read, in bytes; ours have 1.5 KiB. A larger one counts as damaged.
 const PEM_BYTES_MAX: u64 = 64 * 1024;
 
 /// Why the authority cannot use its state folder.
@@ -561,7 +561,9 @@ pub fn show_root(state: &Path) -> Result<RootShown, StateError> {
 
 fn read_pem(path: &Path) -> Result<Option<Zeroizing<String>>, String> {
     match std::fs::metadata(path) {
-        Ok(found) if found.len() > PEM_BYTES_MAX => return Err(format!("it has {} bytes", found.len())),
+        Ok(found) if found.len() > PEM_BYTES_MAX => {
+            return Err(format!("it has {} bytes, expected at most {PEM_BYTES_MAX}", found.len()));
+        }
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(format!("it cannot be read: {error}")),
@@ -610,8 +612,8 @@ pub(crate) mod tests {
 
     /// An authority of its own folder, without a server.
     pub(crate) struct World {
-        pub(crate) authority: Authority,
-        pub(crate) ledger: Ledger,
+        pub(crate) authority: Arc<Authority>,
+        pub(crate) ledger: Arc<Ledger>,
         path: PathBuf,
         _lock: StateLock,
     }
@@ -623,7 +625,7 @@ pub(crate) mod tests {
             let ledger = Ledger::open(&folder.ledger_path()).expect("a ledger");
             let domain = "cluster.local".parse().expect("a trust domain");
             let authority = Authority::open(folder, &ledger, &domain, false, now).expect("an authority");
-            Self { authority, ledger, path, _lock: lock }
+            Self { authority: Arc::new(authority), ledger: Arc::new(ledger), path, _lock: lock }
         }
     }
 
@@ -676,6 +678,21 @@ pub(crate) mod tests {
         folder.write("file", b"two", Replace::Old).expect("replaced");
         assert_eq!(std::fs::read(world.path.join("file")).expect("readable"), b"two");
         assert_eq!(std::fs::metadata(world.path.join("file")).expect("there").mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_file_of_keys_above_the_limit_counts_as_damaged() {
+        let world = World::new("pem", NOW);
+        let path = world.path.join("padded.pem");
+        let mut text = std::fs::read(world.path.join(ROOT_FILE)).expect("readable");
+        for (bytes, readable) in [(PEM_BYTES_MAX, true), (PEM_BYTES_MAX + 1, false)] {
+            text.resize(usize::try_from(bytes).expect("small"), b'\n');
+            std::fs::write(&path, &text).expect("written");
+            match CaPair::read(&path) {
+                Ok(found) => assert!(readable && found.is_some(), "{bytes} bytes"),
+                Err(problem) => assert!(!readable && problem.contains("at most 65536"), "{problem}"),
+            }
+        }
     }
 
     #[test]

@@ -385,9 +385,14 @@ struct Pending {
 impl Recorder {
     /// Starts the thread. It ends when the last clone is dropped.
     pub(crate) fn start(ledger: Arc<Ledger>) -> std::io::Result<Self> {
-        let (sender, queue) = mpsc::channel(RECORDS_QUEUED_MAX);
+        let (recorder, queue) = Self::queue(RECORDS_QUEUED_MAX);
         std::thread::Builder::new().name("ledger".into()).spawn(move || drain(&ledger, queue))?;
-        Ok(Self(sender))
+        Ok(recorder)
+    }
+
+    fn queue(records_max: usize) -> (Self, mpsc::Receiver<Pending>) {
+        let (sender, queue) = mpsc::channel(records_max);
+        (Self(sender), queue)
     }
 
     /// Returns when the certificate is durably on record: none leaves without that.
@@ -399,7 +404,7 @@ impl Recorder {
         self.0.try_send(Pending { certificate, done }).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Refusal::new(
                 Reason::Overloaded,
-                format!("{RECORDS_QUEUED_MAX} certificates wait to be recorded"),
+                format!("{} certificates wait to be recorded", self.0.max_capacity()),
             ),
             mpsc::error::TrySendError::Closed(_) => not_recorded("the ledger is closed"),
         })?;
@@ -409,13 +414,7 @@ impl Recorder {
 
 fn drain(ledger: &Ledger, mut queue: mpsc::Receiver<Pending>) {
     while let Some(first) = queue.blocking_recv() {
-        let (mut certificates, mut waiting) = (vec![first.certificate], vec![first.done]);
-        while certificates.len() < RECORDS_BATCH_MAX
-            && let Ok(next) = queue.try_recv()
-        {
-            certificates.push(next.certificate);
-            waiting.push(next.done);
-        }
+        let (certificates, waiting) = batch(first, &mut queue, RECORDS_BATCH_MAX);
         let result = ledger.record(&certificates).map_err(|error| {
             tracing::error!(%error, "certificates could not be recorded and were not handed out");
             not_recorded("the ledger failed")
@@ -425,6 +424,22 @@ fn drain(ledger: &Ledger, mut queue: mpsc::Receiver<Pending>) {
             let _ = done.send(result.clone());
         }
     }
+}
+
+/// What is recorded together: the first, and those that wait behind it. The rest is the next batch's.
+fn batch(
+    first: Pending,
+    queue: &mut mpsc::Receiver<Pending>,
+    batch_max: usize,
+) -> (Vec<Certificate>, Vec<oneshot::Sender<Result<(), Refusal>>>) {
+    let (mut certificates, mut waiting) = (vec![first.certificate], vec![first.done]);
+    while certificates.len() < batch_max
+        && let Ok(next) = queue.try_recv()
+    {
+        certificates.push(next.certificate);
+        waiting.push(next.done);
+    }
+    (certificates, waiting)
 }
 
 fn not_recorded(what: &str) -> Refusal {
@@ -465,7 +480,7 @@ mod tests {
     #[test]
     fn certificates_are_forgotten_when_they_expire_and_the_next_to_expire_at_the_limit() {
         let mut world = World::new("issued", NOW);
-        world.ledger.issued_max = 3;
+        Arc::get_mut(&mut world.ledger).expect("nobody else holds it").issued_max = 3;
         let ledger = &world.ledger;
         for (serial, expires) in [(1, 30), (2, 10), (3, 20)] {
             ledger.record(&[certificate(serial, NOW.plus(expires))]).expect("recorded");
@@ -484,7 +499,7 @@ mod tests {
     #[test]
     fn tokens_have_a_limit_and_are_forgotten_an_hour_after_their_end() {
         let mut world = World::new("tokens", NOW);
-        world.ledger.tokens_max = 2;
+        Arc::get_mut(&mut world.ledger).expect("nobody else holds it").tokens_max = 2;
         let add = |number: u8, now| world.ledger.add_token(&[number; 32], "node-a", NOW.plus(60), now);
         add(1, NOW).expect("within the limit");
         add(2, NOW).expect("at the limit");
@@ -533,6 +548,54 @@ mod tests {
         let world = World::new("bundle", NOW);
         let version = |fingerprint| world.ledger.bundle_version(fingerprint).expect("readable");
         assert_eq!([version("a"), version("a"), version("b"), version("b"), version("a")], [1, 1, 2, 2, 3]);
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_refuses_the_next_certificate_and_loses_none_of_those_that_wait() {
+        let world = World::new("queue", NOW);
+        let (recorder, queue) = Recorder::queue(2);
+        let record = |serial| recorder.record(certificate(serial, NOW.plus(60)));
+        let (mut first, mut second) = (Box::pin(record(1)), Box::pin(record(2)));
+        for waiting in [&mut first, &mut second] {
+            assert!(futures_pending(waiting).await, "it waits for the disk");
+        }
+        let refusal = record(3).await.expect_err("a third does not fit");
+        assert_eq!(
+            (refusal.reason, &*refusal.message),
+            (Reason::Overloaded, "2 certificates wait to be recorded")
+        );
+
+        let ledger = Arc::clone(&world.ledger);
+        let recording = std::thread::spawn(move || drain(&ledger, queue));
+        first.await.expect("recorded");
+        second.await.expect("recorded");
+        record(3).await.expect("there is room again");
+        assert_eq!(issued(&world.ledger), 3);
+        drop(recorder);
+        recording.join().expect("it ends with its last client");
+    }
+
+    #[tokio::test]
+    async fn a_batch_takes_as_many_as_fit_and_leaves_the_rest() {
+        let (recorder, mut queue) = Recorder::queue(9);
+        for serial in 0..5 {
+            let mut waiting = Box::pin(recorder.record(certificate(serial, NOW)));
+            assert!(futures_pending(&mut waiting).await);
+        }
+        for expected in [3, 2] {
+            let first = queue.try_recv().expect("one waits");
+            let (certificates, waiting) = batch(first, &mut queue, 3);
+            assert_eq!((certificates.len(), waiting.len()), (expected, expected));
+        }
+        assert!(queue.try_recv().is_err());
+    }
+
+    /// Whether a future, asked once, is not done.
+    async fn futures_pending(future: &mut (impl Future + Unpin)) -> bool {
+        let asked = std::future::poll_fn(|context| {
+            std::task::Poll::Ready(std::pin::Pin::new(&mut *future).poll(context).is_pending())
+        });
+        asked.await
     }
 
     #[test]

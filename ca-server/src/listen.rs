@@ -48,7 +48,7 @@ const STRANGER_AGE_MAX: Duration = Duration::from_secs(30);
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
 /// Pause after the kernel refused to hand over a connection (no descriptors left): trying at once would spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Life of our own certificate, in seconds. It is replaced at half of it.
 const SERVING_SECONDS: u64 = 86_400;
@@ -165,7 +165,18 @@ pub(crate) async fn accept(
     telemetry: Arc<Telemetry>,
     cancel: CancellationToken,
 ) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    accept_within(listener, tls, connections, telemetry, cancel, CONNECTIONS_MAX).await;
+}
+
+async fn accept_within(
+    listener: TcpListener,
+    tls: TlsAcceptor,
+    connections: mpsc::Sender<std::io::Result<Connection>>,
+    telemetry: Arc<Telemetry>,
+    cancel: CancellationToken,
+    connections_max: usize,
+) {
+    let slots = Arc::new(Semaphore::new(connections_max));
     let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
     loop {
         if slots.available_permits() == 0 {
@@ -301,5 +312,142 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::tests::World;
+    use tokio::io::AsyncReadExt as _;
+
+    /// Accepts with room for so many connections, and for so many that the server has not taken yet.
+    struct Accepting {
+        _world: World,
+        address: SocketAddr,
+        telemetry: Arc<Telemetry>,
+        accepted: mpsc::Receiver<std::io::Result<Connection>>,
+        cancel: CancellationToken,
+        room: tokio::task::JoinHandle<()>,
+    }
+
+    impl Accepting {
+        async fn new(name: &str, connections_max: usize, queue: usize) -> Self {
+            let clock = Clock::system();
+            let world = World::new(name, clock.now());
+            let serving = Arc::new(Serving::new(&world.authority, clock.now()).expect("a certificate"));
+            let tls = tls(&world.authority, serving, &clock).expect("a configuration");
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let address = listener.local_addr().expect("an address");
+            let (sender, accepted) = mpsc::channel(queue);
+            let (telemetry, cancel) = (Arc::new(Telemetry::default()), CancellationToken::new());
+            let (told, ended) = (Arc::clone(&telemetry), cancel.clone());
+            let room = tokio::spawn(accept_within(listener, tls, sender, told, ended, connections_max));
+            Self { _world: world, address, telemetry, accepted, cancel, room }
+        }
+
+        async fn connect(&self) -> TcpStream {
+            TcpStream::connect(self.address).await.expect("connects")
+        }
+
+        /// Waits until something was counted so often.
+        async fn counted(&self, counter: &str, times: u64) {
+            while self.telemetry.counters().get(counter).copied().unwrap_or(0) < times {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(self.telemetry.counters()[counter], times);
+        }
+
+        async fn stop(self) {
+            self.cancel.cancel();
+            self.room.await.expect("it ends");
+        }
+    }
+
+    #[tokio::test]
+    async fn at_the_limit_new_connections_wait_and_are_counted() {
+        let world = Accepting::new("connections", 2, 9).await;
+        let (first, _second) = (world.connect().await, world.connect().await);
+        world.counted("connections_limited_total", 1).await;
+        let third = world.connect().await;
+        // Only a connection that was taken can fail in its handshake.
+        drop(third);
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(world.telemetry.counters().get("handshakes_failed_total"), None, "the third waits");
+        drop(first);
+        world.counted("handshakes_failed_total", 2).await;
+        world.stop().await;
+    }
+
+    #[tokio::test]
+    async fn connections_that_the_server_does_not_take_wait_and_none_is_lost() {
+        let mut world = Accepting::new("accepted", 9, 1).await;
+        let mut clients = Vec::new();
+        for _ in 0..3 {
+            let client = tokio_rustls::TlsConnector::from(Arc::new(careless()))
+                .connect("authority".try_into().expect("a name"), world.connect().await)
+                .await
+                .expect("shakes hands");
+            clients.push(client);
+        }
+        for _ in 0..3 {
+            world.accepted.recv().await.expect("a connection").expect("in order");
+        }
+        for mut client in clients {
+            assert_eq!(
+                client.read(&mut [0; 1]).await.ok().filter(|read| *read > 0),
+                None,
+                "dropped by the test"
+            );
+        }
+        world.stop().await;
+    }
+
+    /// A client that believes every certificate: what it proves is how many are served.
+    fn careless() -> rustls::ClientConfig {
+        use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+        #[derive(Debug)]
+        struct Anyone;
+        impl ServerCertVerifier for Anyone {
+            fn verify_server_cert(
+                &self,
+                _: &CertificateDer<'_>,
+                _: &[CertificateDer<'_>],
+                _: &rustls::pki_types::ServerName<'_>,
+                _: &[u8],
+                _: rustls::pki_types::UnixTime,
+            ) -> Result<ServerCertVerified, rustls::Error> {
+                Ok(ServerCertVerified::assertion())
+            }
+            fn verify_tls12_signature(
+                &self,
+                _: &[u8],
+                _: &CertificateDer<'_>,
+                _: &rustls::DigitallySignedStruct,
+            ) -> Result<HandshakeSignatureValid, rustls::Error> {
+                Ok(HandshakeSignatureValid::assertion())
+            }
+            fn verify_tls13_signature(
+                &self,
+                _: &[u8],
+                _: &CertificateDer<'_>,
+                _: &rustls::DigitallySignedStruct,
+            ) -> Result<HandshakeSignatureValid, rustls::Error> {
+                Ok(HandshakeSignatureValid::assertion())
+            }
+            fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+                provider().signature_verification_algorithms.supported_schemes()
+            }
+        }
+        let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("TLS 1.3")
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anyone))
+            .with_no_client_auth();
+        config.alpn_protocols = vec![ca_proto::ALPN.to_vec()];
+        config
     }
 }

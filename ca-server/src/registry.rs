@@ -25,7 +25,8 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// parse.
 const FILE_BYTES_MAX: u64 = 8 * 1024 * 1024;
 
-/// Most files that are read; the others are named in the log and ignored.
+/// Most files that are read: ten for each of a thousand nodes. Of more, the first by name are read, so that the same ones
+/// stay in force from one reading to the next; how many are ignored is logged and stands in the status.
 const FILES_MAX: usize = 10_000;
 
 const WORKLOAD: &str = "Workload";
@@ -76,7 +77,7 @@ pub(crate) struct View {
 /// # Errors
 /// The folder cannot be read at all.
 pub(crate) fn start(path: &Path, cancel: CancellationToken) -> std::io::Result<watch::Receiver<Arc<View>>> {
-    let mut files = Files::new(path);
+    let mut files = Files::new(path, FILES_MAX);
     files.read()?;
     let (sender, receiver) = watch::channel(Arc::new(files.view()));
     let (wake, woken) = mpsc::channel(1);
@@ -154,6 +155,9 @@ fn watcher(path: &Path, wake: mpsc::Sender<()>) -> notify::Result<notify::Recomm
 struct Files {
     path: PathBuf,
     read: BTreeMap<PathBuf, FileState>,
+    files_max: usize,
+    /// How many documents the last reading left out.
+    ignored: usize,
 }
 
 #[derive(Default)]
@@ -165,12 +169,16 @@ struct FileState {
 }
 
 impl Files {
-    fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), read: BTreeMap::new() }
+    fn new(path: &Path, files_max: usize) -> Self {
+        Self { path: path.to_owned(), read: BTreeMap::new(), files_max, ignored: 0 }
     }
 
     fn read(&mut self) -> std::io::Result<()> {
-        let present = self.list()?;
+        let (present, ignored) = self.list()?;
+        if ignored != self.ignored {
+            tracing::warn!(path = %self.path.display(), ignored, limit = self.files_max, "files in the registry are ignored");
+        }
+        self.ignored = ignored;
         self.read.retain(|path, _| present.contains(path));
         for path in present {
             self.read.entry(path.clone()).or_default().read(&path);
@@ -178,23 +186,24 @@ impl Files {
         Ok(())
     }
 
-    fn list(&self) -> std::io::Result<BTreeSet<PathBuf>> {
+    /// The documents to read, and how many there are besides.
+    fn list(&self) -> std::io::Result<(BTreeSet<PathBuf>, usize)> {
         if !std::fs::metadata(&self.path)?.is_dir() {
-            return Ok([self.path.clone()].into());
+            return Ok(([self.path.clone()].into(), 0));
         }
-        let mut found = BTreeSet::new();
+        let (mut found, mut ignored) = (BTreeSet::new(), 0);
         for entry in std::fs::read_dir(&self.path)? {
             let path = entry?.path();
             if !is_document(&path) {
                 continue;
             }
-            if found.len() == FILES_MAX {
-                tracing::warn!(path = %path.display(), limit = FILES_MAX, "too many files in the registry, this one is ignored");
-                continue;
-            }
             found.insert(path);
+            if found.len() > self.files_max {
+                found.pop_last();
+                ignored += 1;
+            }
         }
-        Ok(found)
+        Ok((found, ignored))
     }
 
     fn view(&self) -> View {
@@ -204,6 +213,13 @@ impl Files {
             if let Some(problem) = &file.problem {
                 view.problems.insert(path.clone(), problem.clone());
             }
+        }
+        if self.ignored > 0 {
+            let problem = format!(
+                "{} files beyond the first {} by name are ignored: put several documents into one file",
+                self.ignored, self.files_max
+            );
+            view.problems.insert(self.path.clone(), problem);
         }
         view
     }
@@ -367,7 +383,7 @@ mod tests {
         std::fs::write(&two, GOOD.replace("cart", "till")).expect("written");
         std::fs::write(folder.0.join(".hidden.yaml"), "a: [").expect("written");
         std::fs::write(folder.0.join("notes.txt"), "a: [").expect("written");
-        let mut files = Files::new(&folder.0);
+        let mut files = Files::new(&folder.0, FILES_MAX);
         files.read().expect("readable");
         let runs = |files: &Files, account| files.view().assignments.runs_on("node-a", "shop", account);
         assert!(runs(&files, "cart") && runs(&files, "till") && files.view().problems.is_empty());
@@ -393,6 +409,31 @@ mod tests {
         assert!(read_text(&path).expect_err("too large").contains("split it"));
         file.set_len(FILE_BYTES_MAX).expect("sized");
         read_text(&path).expect("at the limit");
+    }
+
+    #[test]
+    fn of_too_many_files_the_first_by_name_are_read_and_the_others_are_told() {
+        let folder = Folder::new("registry-files");
+        // The folder lists them in an order of its own.
+        for name in ["c", "a", "d", "b"] {
+            std::fs::write(folder.0.join(format!("{name}.yaml")), GOOD.replace("cart", name))
+                .expect("written");
+        }
+        for (files_max, in_force, ignored) in [(4, "abcd", 0), (3, "abc", 1), (2, "ab", 2)] {
+            let mut files = Files::new(&folder.0, files_max);
+            files.read().expect("readable");
+            let view = files.view();
+            let runs: String = "abcd"
+                .chars()
+                .filter(|name| view.assignments.runs_on("node-a", "shop", &name.to_string()))
+                .collect();
+            assert_eq!(runs, in_force);
+            let told = view
+                .problems
+                .get(&folder.0)
+                .map(|problem| problem.starts_with(&format!("{ignored} files beyond")));
+            assert_eq!(told, (ignored > 0).then_some(true), "{:?}", view.problems);
+        }
     }
 
     struct Folder(PathBuf);

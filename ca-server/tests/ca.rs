@@ -10,8 +10,9 @@ use ca_proto::ca::WatchRequest;
 use ca_proto::ca::node_agent_client::NodeAgentClient;
 use ca_proto::convert::{CreateCertificate, Watched, certificate_pem};
 use ca_proto::istio::IstioCertificateRequest;
+use ca_proto::istio::istio_certificate_service_client::IstioCertificateServiceClient;
 use ca_proto::join_token::{JoinToken, TokenSecret};
-use ca_proto::refusal::Reason;
+use ca_proto::refusal::{Reason, Refusal};
 use ca_server::{StartError, StateError, ask_status, ask_token};
 use rcgen::{KeyPair, PKCS_ECDSA_P384_SHA384, PKCS_ED25519};
 use spiffe_id::NodeId;
@@ -20,8 +21,13 @@ use support::{
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_stream::StreamExt as _;
-use tonic::Code;
+use tonic::codegen::http;
+use tonic::{Code, Status};
+use tower::ServiceExt as _;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+/// The preface of HTTP/2 and an empty SETTINGS frame.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
 #[tokio::test]
 async fn a_node_joins_asks_for_its_workload_and_renews() {
@@ -224,6 +230,114 @@ async fn a_signing_request_that_proves_nothing_is_refused() {
         &["-newkey", "rsa:2048", "-sha256", "-addext", &format!("subjectAltName=URI:{name}")],
     );
     world.create(&node, request(&cart(), &rsa)).await.expect("RSA of 2048 bits is signed");
+}
+
+#[tokio::test]
+async fn the_limit_of_a_message_is_exact() {
+    let world = World::new().await;
+    let node = world.joined("node-a").await;
+    // On the wire a field of this length has four bytes more: its number, and three of its length.
+    let of_length = |bytes: usize| IstioCertificateRequest {
+        csr: "x".repeat(bytes - 4),
+        validity_duration: 0,
+        metadata: None,
+    };
+    refused(world.create(&node, of_length(64 * 1024)).await, Reason::CsrTooLarge);
+    let status = world.create(&node, of_length(64 * 1024 + 1)).await.expect_err("a refusal");
+    assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
+}
+
+#[tokio::test]
+async fn a_header_list_above_the_limit_is_refused_and_the_connection_serves_on() {
+    let world = World::new().await;
+    let node = world.joined("node-a").await;
+    let channel =
+        world.channel(node.trust(), Some((&node.key, &node.issued.issued))).await.expect("connects");
+    let ask = async |bytes: usize| {
+        let mut asked = tonic::Request::new(request(&cart(), &csr(&key(), &[])));
+        asked.metadata_mut().insert("x-token", "t".repeat(bytes).parse().expect("ASCII"));
+        IstioCertificateServiceClient::new(channel.clone()).create_certificate(asked).await
+    };
+    ask(15 * 1024).await.expect("a token of a cluster has room");
+    let status = ask(16 * 1024).await.expect_err("refused before it is a request");
+    assert_eq!(Refusal::from_status(&status), None, "{status:?}");
+    ask(0).await.expect("serves on");
+}
+
+#[tokio::test]
+async fn requests_above_the_streams_of_a_connection_wait_for_the_others() {
+    let world = World::new().await;
+    let node = world.joined("node-a").await;
+    let channel =
+        world.channel(node.trust(), Some((&node.key, &node.issued.issued))).await.expect("connects");
+    World::create_on(channel.clone(), request(&cart(), &csr(&key(), &[]))).await.expect("granted");
+    // Nobody runs there under this name, which is sure after a second: each stream is busy for that long.
+    let nobody = request(&id("spiffe://cluster.local/ns/shop/sa/nobody"), &csr(&key(), &[]));
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    let asked = futures((0..65).map(|_| async {
+        refused(World::create_on(channel.clone(), nobody.clone()).await, Reason::IdentityNotOnNode);
+        before.elapsed().as_secs()
+    }));
+    let mut seconds = asked.await;
+    seconds.sort_unstable();
+    assert_eq!((seconds[0], seconds[63], seconds[64]), (1, 1, 2));
+}
+
+#[tokio::test]
+async fn a_connection_that_does_not_answer_is_closed_after_its_keepalive() {
+    let world = World::new().await;
+    let node = world.joined("node-a").await;
+    let mut silent = world.bare(&node).await;
+    silent.write_all(PREFACE).await.expect("sent");
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    while matches!(silent.read(&mut [0; 64]).await, Ok(1..)) {}
+    assert_eq!(before.elapsed().as_secs(), 30 + 20);
+}
+
+#[tokio::test]
+async fn an_old_connection_is_closed_and_its_streams_have_half_a_minute() {
+    let world = World::new().await;
+    let node = world.joined("node-a").await;
+    let channel =
+        world.channel(node.trust(), Some((&node.key, &node.issued.issued))).await.expect("connects");
+    let stream = NodeAgentClient::new(channel).watch(tokio_stream::pending::<WatchRequest>()).await;
+    let mut stream = stream.expect("watches").into_inner();
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    while let Some(Ok(_)) = stream.next().await {}
+    assert_eq!(before.elapsed().as_secs(), 30 * 60 + 30);
+}
+
+#[tokio::test]
+async fn a_request_that_never_ends_does_not_hold_up_the_stop() {
+    let world = World::new().await;
+    let node = world.joined("node-a").await;
+    let channel =
+        world.channel(node.trust(), Some((&node.key, &node.issued.issued))).await.expect("connects");
+    let mut endless = Box::pin(
+        channel.clone().oneshot(
+            http::Request::post("http://authority/culvert.ca.v1.NodeAgent/Renew")
+                .header("content-type", "application/grpc")
+                .body(tonic::body::Body::new(tonic::codec::EncodeBody::new_client(
+                    Never,
+                    tokio_stream::pending(),
+                    None,
+                    None,
+                )))
+                .expect("a request"),
+        ),
+    );
+    // A call that is answered behind it: the authority has begun with the endless one.
+    tokio::select! {
+        answered = &mut endless => panic!("{answered:?}"),
+        granted = World::create_on(channel, request(&cart(), &csr(&key(), &[]))) => drop(granted.expect("granted")),
+    }
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    world.handle.stop().await;
+    assert_eq!(before.elapsed().as_secs(), 5);
 }
 
 #[tokio::test]
@@ -449,8 +563,7 @@ async fn a_stranger_has_half_a_minute() {
     let mut stranger = world.anonymous().await;
     tokio::time::pause();
     let before = tokio::time::Instant::now();
-    // The preface of HTTP/2 and an empty SETTINGS frame, then nothing.
-    stranger.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
+    stranger.write_all(PREFACE).await.expect("sent"); // then nothing
     while matches!(stranger.read(&mut [0; 64]).await, Ok(1..)) {}
     assert!((29..=31).contains(&before.elapsed().as_secs()), "{:?}", before.elapsed());
 }
@@ -590,6 +703,34 @@ async fn the_operators_socket_refuses_by_field() {
     assert!(error.contains("is it running"), "{error}");
 }
 
+#[tokio::test]
+async fn exchanges_above_the_limit_wait_until_silent_ones_are_cut() {
+    let world = World::new().await;
+    let socket = world.handle.admin_socket();
+    let connect = || async { tokio::net::UnixStream::connect(socket).await.expect("connects") };
+    let ask = async || {
+        let mut stream = connect().await;
+        stream.write_all(b"{\"command\":\"status\"}\n").await.expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("answered");
+        assert!(answer.starts_with("{\"ok\""), "{answer}");
+    };
+    let mut silent = Vec::new();
+    for _ in 0..7 {
+        silent.push(connect().await);
+    }
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    ask().await;
+    assert_eq!(before.elapsed().as_secs(), 0, "the eighth is answered beside seven that are silent");
+    silent.push(connect().await);
+    ask().await;
+    assert_eq!(before.elapsed().as_secs(), 5, "the ninth waits until the silent ones are cut");
+    for mut stream in silent {
+        assert_eq!(stream.read(&mut [0; 1]).await.expect("closed in order"), 0);
+    }
+}
+
 #[test]
 fn the_program_serves_and_its_commands_answer() {
     let folder = Folder::new();
@@ -678,6 +819,18 @@ fn openssl_csr(world: &World, arguments: &[&str]) -> Vec<u8> {
     let output = command.output().expect("openssl runs");
     assert!(output.status.success(), "{output:?}");
     std::fs::read(path).expect("made")
+}
+
+/// Encodes the messages of a body in which none ever comes.
+struct Never;
+
+impl tonic::codec::Encoder for Never {
+    type Item = ();
+    type Error = Status;
+
+    fn encode(&mut self, (): (), _: &mut tonic::codec::EncodeBuf<'_>) -> Result<(), Status> {
+        Ok(())
+    }
 }
 
 /// All of them at once.

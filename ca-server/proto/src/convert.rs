@@ -457,10 +457,42 @@ mod tests {
         {
             Issued::try_from(IstioCertificateResponse { cert_chain: chain }).expect_err("not a chain");
         }
-        let long = vec![one.clone(); CHAIN_MAX + 2];
-        Issued::try_from(IstioCertificateResponse { cert_chain: long }).expect_err("a long chain");
-        let roots = vec![one.clone(), one.repeat(ROOTS_MAX + 1)];
-        Issued::try_from(IstioCertificateResponse { cert_chain: roots }).expect_err("too many roots");
+    }
+
+    #[test]
+    fn the_limits_of_chain_and_bundle_are_exact() {
+        let one = certificate_pem(&[1; 9]);
+        for (chain, roots, field) in [
+            (CHAIN_MAX, ROOTS_MAX, None),
+            (CHAIN_MAX + 1, 1, Some(("chain", CHAIN_MAX))),
+            (1, ROOTS_MAX + 1, Some(("bundle", ROOTS_MAX))),
+        ] {
+            let expected = |named: &'static str| match field {
+                None => Ok(()),
+                Some((_, max)) => {
+                    Err(format!("{named} has {} certificates, expected at most {max}", max + 1))
+                }
+            };
+            let told = |result: Result<(), InvalidMessage>| result.map_err(|error| error.to_string());
+
+            let mut cert_chain = vec![one.clone(); chain];
+            cert_chain.push(one.repeat(roots));
+            let issued = Issued::try_from(IstioCertificateResponse { cert_chain });
+            assert_eq!(told(issued.map(drop)), expected("cert_chain"));
+
+            let ders = |count| vec![vec![1; 9]; count];
+            let node = NodeCertificate { chain: ders(chain), bundle: ders(roots), bundle_version: 1 };
+            let node = IssuedToNode::try_from(Some(node)).map(drop);
+            let named =
+                field.map_or(
+                    "",
+                    |(name, _)| if name == "chain" { "certificate.chain" } else { "certificate.bundle" },
+                );
+            assert_eq!(told(node), expected(named));
+
+            let watched = Watched::try_from(WatchResponse { version: 1, bundle: ders(roots) }).map(drop);
+            assert_eq!(told(watched).is_ok(), roots <= ROOTS_MAX);
+        }
     }
 
     #[test]

@@ -196,7 +196,6 @@ mod tests {
             (printed.replacen("v1", "v2", 1), InvalidJoinToken::Prefix),
             (format!("{PREFIX}{secret}"), InvalidJoinToken::Shape),
             (format!("{PREFIX}{secret}.{pin}"), InvalidJoinToken::Shape),
-            (format!("{printed}{}", "x".repeat(TOKEN_BYTES_MAX)), InvalidJoinToken::Shape),
             (printed.replacen(&secret, &secret[..40], 1), InvalidJoinToken::Secret),
             (printed.replacen(&secret, &format!("{secret}AAAA"), 1), InvalidJoinToken::Secret),
             (printed.replacen(&secret, &secret.replacen('B', "+", 1), 1), InvalidJoinToken::Secret),
@@ -215,6 +214,24 @@ mod tests {
         ] {
             assert_eq!(text.parse::<JoinToken>().expect_err("not a token"), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn the_longest_name_fits_and_a_line_above_the_limit_is_not_looked_at() {
+        let domain: TrustDomain = "cluster.local".parse().expect("a trust domain");
+        let longest = NodeId::new(domain, &"n".repeat(spiffe_id::SEGMENT_BYTES_MAX)).expect("a node's name");
+        let printed = JoinToken::new(TokenSecret::new([7; 32]), RootPin::of_spki(b"key"), &longest).expose();
+        assert!(printed.len() <= TOKEN_BYTES_MAX);
+        printed.parse::<JoinToken>().expect("the longest token");
+
+        let padded =
+            |bytes: usize| format!("{:n<bytes$}", *printed).parse::<JoinToken>().expect_err("too long");
+        // At the limit the name itself is judged, above it nothing is.
+        assert!(matches!(
+            padded(TOKEN_BYTES_MAX),
+            InvalidJoinToken::Node(InvalidSpiffeId::PieceTooLong { .. })
+        ));
+        assert_eq!(padded(TOKEN_BYTES_MAX + 1), InvalidJoinToken::Shape);
     }
 
     #[test]
