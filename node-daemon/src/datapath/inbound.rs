@@ -3,7 +3,10 @@
 //! Two ways lead here: the tunnel port, where other nodes bring streams, and the workload's own ports, where clients
 //! speak mesh TLS or plaintext, as the destination's policy allows.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use http::StatusCode;
 use node_core::{
@@ -36,14 +39,10 @@ pub(super) async fn serve(shared: &Shared, site: &Site, accepted: Accepted, own_
     let mut record = shared.record(Direction::Inbound, Path::Relay, client, target);
     let ending = tokio::select! {
         biased;
-        () = site.gone().cancelled() => left(),
+        () = site.gone().cancelled() => shared.gone(),
         ending = come_in(shared, site, accepted, own_port, &mut record) => ending.unwrap_or_else(|refused| refused),
     };
     record.end(ending);
-}
-
-fn left() -> Ending {
-    Ending::broken(Reason::WorkloadLeft, "its workload left the mesh")
 }
 
 async fn come_in(
@@ -56,11 +55,12 @@ async fn come_in(
     let Accepted { mut stream, client, target, place: _place } = accepted;
     let snapshot = shared.snapshot();
     record.judged_by(snapshot.number());
-    let destination = destination(site, &snapshot, target, own_port)?;
+    let local = identify::local_client(site, &snapshot, client, target)?;
+    let destination = destination(site, &snapshot, client, target, own_port)?;
     learn_destination(record, &destination, target);
     record.learn(|ends| ends.source = known_end(&snapshot, client));
     let facts = |presented| facts(&destination, target, client, presented);
-    if let Some(local) = identify::local_client(site, &snapshot, client, target)? {
+    if let Some(local) = local {
         record.learn(|ends| ends.source = workload_end(&local, client));
         let presented = Presented::Attested(local.identity.clone());
         return through(shared, site, stream, facts(presented), record).await;
@@ -119,25 +119,41 @@ async fn admit_and_deliver(
     Ok((server, registration))
 }
 
-/// The workload that was dialled: the site's own, or on a host the one that declares the port (T-6).
+/// The workload that was dialled: the site's own, or on a host the one that declares the port (T-6). The daemon's own listener
+/// is nobody's: a delivery there would come back.
 fn destination(
     site: &Site,
     snapshot: &Snapshot,
+    client: SocketAddr,
     target: SocketAddr,
     own_port: u16,
 ) -> Result<Arc<Workload>, Ending> {
     let found = if site.is_host() {
-        snapshot.workload_at(target.ip(), target.port()).filter(|found| found.node == snapshot.node())
+        service_of_host(site, snapshot, client.ip(), target)
     } else {
         snapshot.workload(site.name()).filter(|own| own.addresses.contains(&target.ip()))
     };
-    let found = found.filter(|_| target.port() != own_port || site.is_host());
+    let found = found.filter(|_| target.port() != own_port);
     found.cloned().ok_or_else(|| {
         Ending::denied(
             Reason::Loop,
             "the target is no port of the workload: loopback, or the daemon's own listener",
         )
     })
+}
+
+/// Loopback is reached by processes of this host only, whatever the host lets in from outside (T-27).
+fn service_of_host<'a>(
+    site: &Site,
+    snapshot: &'a Snapshot,
+    client: IpAddr,
+    target: SocketAddr,
+) -> Option<&'a Arc<Workload>> {
+    if target.ip().is_loopback() {
+        let is_local = client.is_loopback() || site.is_own(snapshot, client);
+        return snapshot.workload_at_loopback(target.port()).filter(|_| is_local);
+    }
+    snapshot.workload_at(target.ip(), target.port()).filter(|found| found.node == snapshot.node())
 }
 
 fn facts(
@@ -214,8 +230,6 @@ pub(super) async fn serve_tunnel(shared: &Arc<Shared>, site: &Arc<Site>, accepte
     }
 }
 
-type Tunnel = tunnel::ServerTunnel<tokio_rustls::server::TlsStream<TcpStream>>;
-
 async fn open_tunnel(
     shared: &Shared,
     site: &Site,
@@ -223,7 +237,7 @@ async fn open_tunnel(
     client: SocketAddr,
     target: SocketAddr,
     record: &mut Record,
-) -> Result<(Tunnel, Tunnelled), Ending> {
+) -> Result<(tunnel::Arrived, Tunnelled), Ending> {
     let snapshot = shared.snapshot();
     record.judged_by(snapshot.number());
     record.learn(|ends| ends.source = known_end(&snapshot, client));
@@ -249,7 +263,7 @@ async fn open_tunnel(
 async fn serve_streams(
     shared: &Arc<Shared>,
     site: &Arc<Site>,
-    mut tunnel: Tunnel,
+    mut tunnel: tunnel::Arrived,
     tunnelled: Arc<Tunnelled>,
     _place: Place,
 ) {
@@ -290,7 +304,7 @@ async fn serve_stream(shared: &Shared, site: &Site, tunnelled: &Tunnelled, asked
     let mut record = shared.record(Direction::Inbound, Path::Tunnel, tunnelled.client, tunnelled.target);
     let ending = tokio::select! {
         biased;
-        () = site.gone().cancelled() => left(),
+        () = site.gone().cancelled() => shared.gone(),
         ending = stream_in(shared, site, tunnelled, asked, &mut record) => ending,
     };
     record.end(ending);

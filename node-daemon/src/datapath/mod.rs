@@ -24,6 +24,8 @@ mod record;
 mod tunnel;
 
 #[cfg(test)]
+mod host_tests;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
@@ -46,7 +48,12 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{accept::Site, live::Live, record::Record, tunnel::Pool};
+use self::{
+    accept::Site,
+    live::{Cut, Live},
+    record::{Ending, Record},
+    tunnel::Pool,
+};
 pub use self::{
     accept::{
         CONNECTIONS_PER_NODE_MAX, CONNECTIONS_PER_WORKLOAD_MAX, CONNECTIONS_RESERVED,
@@ -146,6 +153,11 @@ impl Shared {
 
     fn snapshot(&self) -> Arc<Snapshot> {
         Arc::clone(&self.snapshots.borrow())
+    }
+
+    /// How a connection ends whose site is gone: with its workload, or with the daemon.
+    fn gone(&self) -> Ending {
+        if self.ending.is_cancelled() { Cut::Drained.into() } else { Cut::WorkloadLeft.into() }
     }
 
     fn record(&self, direction: Direction, path: Path, client: SocketAddr, target: SocketAddr) -> Record {

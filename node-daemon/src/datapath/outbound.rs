@@ -42,7 +42,7 @@ pub(super) async fn serve(shared: &Shared, site: &Site, accepted: Accepted, own_
     let mut record = shared.record(Direction::Outbound, Path::Tunnel, client, target);
     let ending = tokio::select! {
         biased;
-        () = site.gone().cancelled() => Ending::broken(Reason::WorkloadLeft, "its workload left the mesh"),
+        () = site.gone().cancelled() => shared.gone(),
         ending = go_out(shared, site, accepted, own_port, &mut record) => ending.unwrap_or_else(|refused| refused),
     };
     record.end(ending);

@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     certs::testing::{Ca, identity},
-    telemetry::{Direction, Path},
+    telemetry::{Direction, Path, Reason},
 };
 
 /// Long enough for anything that shall happen on this machine, short enough for a test that fails.
@@ -754,6 +754,9 @@ async fn draining_lets_open_connections_end_and_resets_the_rest() {
     is_reset(&mut second_server).await;
     drained.await.expect("no panic");
     assert_eq!(world.b.shared.live.count(), 0);
+    // What was cut is told as drained, not as if its workload had left.
+    assert_eq!(world.b.shared.gone().reason, Some(Reason::Drained));
+    assert_eq!(world.a.shared.gone().reason, Some(Reason::WorkloadLeft));
 }
 
 // ---- limits --------------------------------------------------------------------------------------------------------

@@ -184,6 +184,9 @@ pub(super) struct ServerTunnel<I> {
     connection: h2::server::Connection<I, Bytes>,
 }
 
+/// A tunnel as it arrives on a socket.
+pub(super) type Arrived = ServerTunnel<tokio_rustls::server::TlsStream<tokio::net::TcpStream>>;
+
 /// One CONNECT that waits for its answer.
 pub(super) struct Asked {
     request: Request<RecvStream>,
