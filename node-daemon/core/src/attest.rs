@@ -14,7 +14,7 @@ use crate::{
 
 /// Proof that the kernel of this node vouches for the source of a connection.
 ///
-/// Only [`attest`] makes one, and whoever presents a workload's certificate asks for one:
+/// Only [`attest`] and [`attest_within_host`] make one, and whoever presents a workload's certificate asks for one:
 ///
 /// ```compile_fail
 /// let attested = node_core::attest::Attested { workload: todo!(), client: todo!() };
@@ -83,8 +83,30 @@ pub fn attest(
     listener_of: &ObjectName,
     client: IpAddr,
 ) -> Result<Attested, NotAttested> {
-    let name = || listener_of.clone();
-    let workload = snapshot.workload(listener_of).ok_or_else(|| NotAttested::Unknown(name()))?;
+    vouch(snapshot, listener_of, client, |workload, client| workload.addresses.contains(&client))
+}
+
+/// Vouches for a connection between processes of this host, of which the kernel named the opener by its cgroup: there
+/// loopback is as good an address of its own as the others (T-27). No tunnel can be dialled from it.
+///
+/// # Errors
+/// Says which of the conditions does not hold.
+pub fn attest_within_host(
+    snapshot: &Snapshot,
+    opener: &ObjectName,
+    client: IpAddr,
+) -> Result<Attested, NotAttested> {
+    vouch(snapshot, opener, client, Workload::is_reached_at)
+}
+
+fn vouch(
+    snapshot: &Snapshot,
+    named: &ObjectName,
+    client: IpAddr,
+    is_own: impl Fn(&Workload, IpAddr) -> bool,
+) -> Result<Attested, NotAttested> {
+    let name = || named.clone();
+    let workload = snapshot.workload(named).ok_or_else(|| NotAttested::Unknown(name()))?;
     if workload.node != snapshot.node() {
         return Err(NotAttested::OtherNode { name: name(), node: workload.node.clone() });
     }
@@ -92,7 +114,7 @@ pub fn attest(
         return Err(NotAttested::NotEnrolled(name()));
     }
     let client = client.to_canonical();
-    if !workload.addresses.contains(&client) {
+    if !is_own(workload, client) {
         return Err(NotAttested::ForeignAddress { name: name(), client });
     }
     Ok(Attested { workload: Arc::clone(workload), client })
@@ -144,6 +166,28 @@ mod tests {
         refused("web", "127.0.0.1:0", "the client 127.0.0.1 is no address of workload photo/web");
         refused("web", "[fe80::1]:0", "the client fe80::1 is no address of workload photo/web");
         refused("db", "10.8.1.4:0", "the client 10.8.1.4 is no address of workload photo/db");
+    }
+
+    // T-27
+    #[test]
+    fn within_a_host_loopback_is_an_address_of_its_services_and_of_nobody_else() {
+        let vouched = |name: &str, client: &str| attest_within_host(&world(), &named(name), at(client).ip());
+        for client in ["127.0.0.1:0", "127.0.0.53:0", "[::1]:0", "[::ffff:127.0.0.1]:0", "10.9.0.2:0"] {
+            let attested = vouched("db", client).expect("the kernel named it");
+            assert_eq!(attested.workload().name, named("db"));
+        }
+        for (name, client) in [("web", "127.0.0.1:0"), ("web", "[::1]:0"), ("db", "10.8.1.4:0")] {
+            let refusal = vouched(name, client).expect_err("nobody vouches for it");
+            assert!(matches!(refusal, NotAttested::ForeignAddress { .. }), "{refusal}");
+        }
+        assert_eq!(
+            vouched("off", "127.0.0.1:0").expect_err("not enrolled"),
+            NotAttested::NotEnrolled(named("off"))
+        );
+        assert_eq!(vouched("nobody", "[::1]:0").expect_err("unknown"), NotAttested::Unknown(named("nobody")));
+        // Nothing leaves the host from loopback.
+        refused("db", "127.0.0.1:0", "the client 127.0.0.1 is no address of workload photo/db");
+        refused("db", "[::1]:0", "the client ::1 is no address of workload photo/db");
     }
 
     #[test]

@@ -55,6 +55,13 @@ impl Workload {
     pub fn is_host(&self) -> bool {
         !matches!(self.placement, Placement::NetworkNamespace(_))
     }
+
+    /// Whether it may be asked for at `address` by those who share it: at one of its own, and a service of a host at
+    /// loopback, too, by processes of that host (T-27).
+    pub fn is_reached_at(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        self.addresses.contains(&address) || (self.is_host() && address.is_loopback())
+    }
 }
 
 /// Where the workload is found on its own node; meaningless elsewhere.

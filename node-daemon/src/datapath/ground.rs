@@ -37,7 +37,8 @@ pub trait Ground: Send + Sync + 'static {
     /// The kernel could not be asked; then nobody is vouched for.
     fn origin(&self, client: SocketAddr, target: SocketAddr) -> io::Result<Option<ObjectName>>;
 
-    /// On a host: the workload to whose cgroup the local process belongs that dials `target` from `client` (T-27).
+    /// On a host: the workload to whose cgroup the local process belongs that dials `target` from `client`, at loopback or
+    /// another address of the host (T-27).
     ///
     /// # Errors
     /// The kernel could not be asked; then nobody is vouched for.

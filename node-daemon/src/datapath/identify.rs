@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use node_core::{
-    attest::{Attested, attest},
+    attest::{Attested, attest, attest_within_host},
     snapshot::Snapshot,
     workload::{ObjectName, TransportMode, Workload},
 };
@@ -55,22 +55,22 @@ pub(super) fn source(
         .map_err(|not_attested| Ending::denied(Reason::NotAttested, not_attested))
 }
 
-/// The local process of a host that dials one of the host's own services, if it is a workload's (T-27).
+/// The local process of a host that dials one of the host's own services, if it is a workload's (T-27). To be asked once for
+/// each connection, also for one that is then refused: the answer is used up.
 pub(super) fn local_client(
     site: &Site,
     snapshot: &Snapshot,
     client: SocketAddr,
     target: SocketAddr,
 ) -> Result<Option<Arc<Workload>>, Ending> {
-    let is_local = site.is_host() && snapshot.local().any(|local| local.addresses.contains(&client.ip()));
-    if !is_local {
+    if !site.is_host() {
         return Ok(None);
     }
     let name = site
         .ground()
         .local_client(client, target)
         .map_err(|error| Ending::failed(Reason::System, format!("whose process it is: {error}")))?;
-    let attested = name.and_then(|name| attest(snapshot, &name, client.ip()).ok());
+    let attested = name.and_then(|name| attest_within_host(snapshot, &name, client.ip()).ok());
     Ok(attested.map(|attested| Arc::clone(attested.workload())))
 }
 

@@ -99,7 +99,7 @@ impl Judged {
 fn judge_inbound(facts: &ConnectionFacts, snapshot: &Snapshot) -> Judgement {
     let destination = snapshot
         .workload(&facts.destination.name)
-        .filter(|destination| destination.addresses.contains(&facts.destination_address))
+        .filter(|destination| destination.is_reached_at(facts.destination_address))
         .ok_or(Cut::WorkloadLeft)?;
     let facts = ConnectionFacts { destination: Arc::clone(destination), ..facts.clone() };
     let permit = snapshot.authorise(&facts).map_err(Cut::Denied)?;

@@ -126,6 +126,21 @@ impl Node {
         documents: Vec<Value>,
         limits: Limits,
     ) -> Arc<Self> {
+        Self::at_site(name, (workload, false), credentials, documents, limits)
+    }
+
+    /// The site of a host with all of its services.
+    pub(super) fn host(name: &str, credentials: Arc<certs::Store>, documents: Vec<Value>) -> Arc<Self> {
+        Self::at_site(name, ("host", true), credentials, documents, LIMITS)
+    }
+
+    fn at_site(
+        name: &str,
+        (workload, is_host): (&str, bool),
+        credentials: Arc<certs::Store>,
+        documents: Vec<Value>,
+        limits: Limits,
+    ) -> Arc<Self> {
         let mut store = Store::new(name, "cluster.local".parse().expect("a trust domain"));
         let problems = store.apply(Update::replace("mesh.yaml", documents));
         assert_eq!(problems, [], "the documents of the test are good");
@@ -142,7 +157,7 @@ impl Node {
         tokio::spawn(Arc::clone(&shared.live).follow(shared.snapshots.clone()));
         let ground = Arc::new(Wires::default());
         let place = Arc::clone(&ground) as Arc<dyn Ground>;
-        let site = Arc::new(Site::new(ObjectName::new("photo", workload), false, place, &shared));
+        let site = Arc::new(Site::new(ObjectName::new("photo", workload), is_host, place, &shared));
         Arc::new(Self { shared, site, ground, events, store: Mutex::new(store), snapshots })
     }
 
@@ -231,6 +246,8 @@ pub(super) enum Answer {
 pub(super) struct Wires {
     answers: Mutex<BTreeMap<SocketAddr, Answer>>,
     dialled: Mutex<Vec<SocketAddr>>,
+    /// On a host: whose the next connection is.
+    opener: Mutex<Option<ObjectName>>,
 }
 
 impl Wires {
@@ -243,6 +260,11 @@ impl Wires {
         let (sender, receiver) = mpsc::channel(64);
         self.set(address, Answer::Server(sender));
         receiver
+    }
+
+    /// On a host: the next connection is of a process of this workload.
+    pub(super) fn opens(&self, workload: &str) {
+        *self.opener.lock().expect("no panic") = Some(ObjectName::new("photo", workload));
     }
 
     /// How often `address` was dialled.
@@ -303,7 +325,7 @@ impl Ground for Wires {
     }
 
     fn local_client(&self, _client: SocketAddr, _target: SocketAddr) -> io::Result<Option<ObjectName>> {
-        Ok(None)
+        Ok(self.opener.lock().expect("no panic").take())
     }
 }
 

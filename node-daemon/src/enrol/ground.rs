@@ -142,11 +142,14 @@ impl Ground for HostGround {
                 *announced.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
                 Ok(())
             };
-            let local = self.deliveries.is_own(number, client).map_err(|error| DialError::Kernel {
-                target,
-                call: "deliver",
-                source: io::Error::other(error),
-            })?;
+            let is_own = |address| {
+                self.deliveries.is_own(number, address).map_err(|error| DialError::Kernel {
+                    target,
+                    call: "deliver",
+                    source: io::Error::other(error),
+                })
+            };
+            let local = client.is_loopback() || is_own(client)?;
             self.pod.deliver_from(client, local, target, within, Some(&announce)).await
         })
     }
@@ -156,7 +159,8 @@ impl Ground for HostGround {
         Ok(number.and_then(|number| self.numbers.name(number)))
     }
 
-    /// The kernel publishes the origin of every connect of a host workload's cgroup, captured or not (T-27).
+    /// The kernel publishes the origin of every connect of a host workload's cgroup to a service of the host that is not its
+    /// own (T-27).
     fn local_client(&self, client: SocketAddr, target: SocketAddr) -> io::Result<Option<ObjectName>> {
         self.origin(client, target)
     }

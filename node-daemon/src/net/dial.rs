@@ -52,8 +52,8 @@ pub enum Style<'a> {
         client: IpAddr,
         /// The mark of captured packets, by which answers find back to `lo`.
         mark: u32,
-        /// The client is in this namespace itself, under one of its addresses: answers to that come by its own interface and
-        /// never by `lo`, so the socket is neither marked nor bound to a device.
+        /// The client is in this namespace itself, under one of its addresses, loopback included: answers to that come by its
+        /// own interface, so the socket is neither marked nor bound to a device.
         local: bool,
         /// Told the source and the target before the connect; needed where the kernel must know a delivery by its addresses
         /// (the host's namespace). What it returns an error for is not dialled.

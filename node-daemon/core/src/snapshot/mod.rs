@@ -35,6 +35,8 @@ pub struct Snapshot {
     workloads: BTreeMap<ObjectName, Arc<Workload>>,
     services: BTreeMap<ObjectName, Service>,
     directory: Directory,
+    /// Services of this node's host by port; `None` where several declare it.
+    at_loopback: BTreeMap<u16, Option<Arc<Workload>>>,
     compiled: Compiled,
     problems: Vec<Problem>,
     unreadable: Option<String>,
@@ -121,6 +123,12 @@ impl Snapshot {
             Owner::Host(ports) => ports.get(&port),
             Owner::Service(_) => None,
         }
+    }
+
+    /// Which service of this node's host answers at its loopback addresses: the one that declares the port. Where two do, at
+    /// different addresses of the host, nobody can tell which of them listens there, and none is the answer.
+    pub fn workload_at_loopback(&self, port: u16) -> Option<&Arc<Workload>> {
+        self.at_loopback.get(&port)?.as_ref()
     }
 
     /// Enrolled workloads of this node.
@@ -231,8 +239,35 @@ impl Snapshot {
         let inventory = Inventory { mesh: &mesh, workloads: &by_name, services: &services, node: &node };
         let compiled = policy::compile(policies, &inventory);
         problems.sort();
-        Self { number, node, workloads: by_name, services, directory, compiled, problems, unreadable, mesh }
+        let at_loopback = at_loopback(&by_name, &node);
+        Self {
+            number,
+            node,
+            workloads: by_name,
+            services,
+            directory,
+            at_loopback,
+            compiled,
+            problems,
+            unreadable,
+            mesh,
+        }
     }
+}
+
+fn at_loopback(
+    workloads: &BTreeMap<ObjectName, Arc<Workload>>,
+    node: &str,
+) -> BTreeMap<u16, Option<Arc<Workload>>> {
+    let mut ports = BTreeMap::new();
+    let here = |workload: &&Arc<Workload>| workload.is_host() && workload.enrolled && workload.node == node;
+    for workload in workloads.values().filter(here) {
+        for declared in &workload.ports {
+            let mine = || Some(Arc::clone(workload));
+            ports.entry(declared.port).and_modify(|owner| *owner = None).or_insert_with(mine);
+        }
+    }
+    ports
 }
 
 fn enrol(

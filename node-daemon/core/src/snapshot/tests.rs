@@ -299,6 +299,30 @@ fn a_host_address_belongs_to_who_declares_the_port() {
     );
 }
 
+// T-27
+#[test]
+fn loopback_belongs_to_the_one_service_of_this_host_that_declares_the_port() {
+    let world = world(&[
+        unit("web", 80),
+        unit("db", 81),
+        unit("db-too", 81).replace("10.9.0.2", "10.9.0.3"),
+        unit("far", 82).replace("node-a", "node-b"),
+        unit("off", 83).replace("app: off", "culvert.io/mesh: disabled"),
+    ]);
+    let name = |port: u16| world.workload_at_loopback(port).map(|workload| workload.name.clone());
+    assert_eq!(name(80), Some(named("web")));
+    assert_eq!(name(81), None, "two declare it");
+    for (port, why) in [(82, "another node's"), (83, "not enrolled"), (22, "nobody's"), (8080, "a pod's")] {
+        assert_eq!(name(port), None, "{why}");
+    }
+    let reached = |name: &str, address: &str| workload(&world, name).is_reached_at(at(address).ip());
+    for address in ["10.9.0.2:0", "127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"] {
+        assert!(reached("web", address), "{address}");
+    }
+    assert!(!reached("web", "10.9.0.3:0"));
+    assert!(!reached("caller", "127.0.0.1:0"), "a pod's loopback is its own affair");
+}
+
 #[test]
 fn a_workload_is_found_by_any_of_its_addresses_and_never_by_a_service() {
     let world = world(&[]);
