@@ -116,10 +116,11 @@ impl Publisher {
         let snapshot = self.store.snapshot();
         self.is_established |= snapshot.unreadable().is_none();
         self.remember(&snapshot, read);
-        self.tell(&snapshot);
         self.view.files = self.known.len();
         self.documents.send_replace(self.view.clone());
-        self.published.send_replace(snapshot);
+        self.published.send_replace(Arc::clone(&snapshot));
+        // Told when it is in force, so that whoever reads the line may rely on it.
+        self.tell(&snapshot);
     }
 
     fn apply_one(&mut self, change: Change, read: &mut Vec<(Arc<str>, Arc<str>)>) {

@@ -16,7 +16,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Shared, carry::Side as _, ground::Ground, inbound, outbound, record::Ending, tunnel::HANDSHAKE_SECONDS,
+    Shared, carry::Side as _, ground::Ground, inbound, outbound, record::Ending, tunnel,
+    tunnel::HANDSHAKE_SECONDS,
 };
 use crate::telemetry::{Event, Reason, Sink};
 
@@ -279,6 +280,8 @@ async fn admit(
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY");
     }
+    // A client may vanish without a word, on this node too: one that took our mark off its socket is never heard again.
+    tunnel::keep_alive(&stream);
     let place = tokio::select! {
         () = site.gone.cancelled() => return,
         place = site.place(shared) => place,

@@ -217,7 +217,6 @@ pub(super) async fn serve_tunnel(shared: &Arc<Shared>, site: &Arc<Site>, accepte
     let Accepted { stream, client, target, place } = accepted;
     // Streams speak for themselves: an alert or a GOAWAY must reach the other end.
     stream.settle();
-    tunnel::keep_alive(&stream);
     let mut record = shared.record(Direction::Inbound, Path::Tunnel, client, target);
     let opened = tokio::select! {
         biased;

@@ -22,7 +22,7 @@ use super::{
     identify,
     live::Judged,
     record::{Ending, Record, known_end, protocol_of, workload_end},
-    tunnel::{OpenFailed, Reach},
+    tunnel::{self, OpenFailed, Reach},
 };
 use crate::{
     net::DialError,
@@ -224,6 +224,7 @@ async fn outside(
         cut = registration.cut() => return Err(cut.into()),
         dialled = site.ground().dial(Some(source.client()), target, within) => dialled.map_err(|error| unreached(&error))?,
     };
+    tunnel::keep_alive(&server);
     record.opened();
     Ok(carry(stream, server, record, &registration).await)
 }
