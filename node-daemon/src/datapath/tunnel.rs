@@ -185,7 +185,7 @@ pub(super) struct ServerTunnel<I> {
 }
 
 /// A tunnel as it arrives on a socket.
-pub(super) type Arrived = ServerTunnel<tokio_rustls::server::TlsStream<TcpStream>>;
+pub(super) type Arrived = ServerTunnel<TlsStream<TcpStream>>;
 
 /// One CONNECT that waits for its answer.
 pub(super) struct Asked {
