@@ -80,14 +80,18 @@ pub(super) fn overlap(a: &Path, b: &Path) -> bool {
 
 /// Ids of the cgroup and of those beneath it.
 pub(super) fn ids_beneath(folder: &Path) -> BTreeSet<u64> {
+    ids_within(folder, CGROUPS_MAX, cgroup_id)
+}
+
+fn ids_within(folder: &Path, cgroups_max: usize, id_of: impl Fn(&Path) -> io::Result<u64>) -> BTreeSet<u64> {
     let mut ids = BTreeSet::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
-        if ids.len() == CGROUPS_MAX {
+        if ids.len() == cgroups_max {
             break;
         }
         // One that vanishes meanwhile has no sockets.
-        let Ok(id) = cgroup_id(&folder) else { continue };
+        let Ok(id) = id_of(&folder) else { continue };
         ids.insert(id);
         folders.extend(subfolders(&folder));
     }
@@ -210,6 +214,18 @@ mod tests {
         fs::create_dir_all(tree.0.join(nested(SLICE_DEPTH_MAX - 1)))
             .expect("the temporary folder is writable");
         unit_folder("deep.service", &tree.0).expect("the deepest level that is searched");
+    }
+
+    #[test]
+    fn no_more_cgroups_than_the_limit_are_a_workloads_own() {
+        use std::os::unix::fs::MetadataExt;
+        let tree = Tree::new("cgroups", &["a/b", "a/c", "d"]);
+        let id_of = |folder: &Path| fs::metadata(folder).map(|described| described.ino());
+        let all = ids_within(&tree.0, 5, id_of);
+        assert_eq!(all.len(), 5, "itself and those beneath, at the limit");
+        let some = ids_within(&tree.0, 4, id_of);
+        assert_eq!(some.len(), 4, "the rest is not counted");
+        assert!(some.is_subset(&all) && some.contains(&id_of(&tree.0).expect("there")));
     }
 
     #[test]

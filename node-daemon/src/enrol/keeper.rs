@@ -197,4 +197,17 @@ mod tests {
         assert!(matches!(heard.try_recv(), Ok(Told::Failed { .. })));
         assert!(heard.try_recv().is_err());
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_report_that_finds_no_room_waits_and_is_not_lost() {
+        let (told, mut heard) = mpsc::channel(1);
+        let reports = Reports { told, last: None, waiting: None };
+        let addresses = |cookie| Told::Addresses { cookie, addresses: BTreeSet::new() };
+        reports.send(addresses(1)).await;
+        let mut waiting = Box::pin(reports.send(addresses(2)));
+        assert!(tokio::time::timeout(REPORT_PAUSE, &mut waiting).await.is_err(), "its keeper waits");
+        assert!(matches!(heard.recv().await, Some(Told::Addresses { cookie: 1, .. })));
+        waiting.await;
+        assert!(matches!(heard.recv().await, Some(Told::Addresses { cookie: 2, .. })));
+    }
 }

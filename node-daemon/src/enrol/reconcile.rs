@@ -265,12 +265,8 @@ impl Reconciler {
                         problem: problem.clone(),
                     });
                 }
-                let pause = match &before {
-                    Some(before) if closed || before.workload == workload => {
-                        (before.pause * 2).min(RETRY_MAX)
-                    }
-                    _ => RETRY_FIRST,
-                };
+                let same = before.as_ref().filter(|before| closed || before.workload == workload);
+                let pause = pause_after(same.map(|before| before.pause));
                 let closed = before.and_then(|waiting| waiting.closed);
                 let next = Instant::now() + pause;
                 self.waiting.insert(name, Waiting { workload, reason, problem, pause, next, closed });
@@ -897,8 +893,7 @@ impl Reconciler {
     }
 
     async fn publish(&self, change: Change) {
-        // Without a data path, which ends first when the daemon stops, nobody needs to know.
-        let _ = self.changes.send(change).await;
+        hand_over(&self.changes, change).await;
     }
 
     fn failed(&self, call: &'static str, error: &dyn std::error::Error) {
@@ -931,6 +926,17 @@ impl Reconciler {
             changed
         });
     }
+}
+
+/// Tells the data path, and waits where it is behind.
+async fn hand_over(changes: &mpsc::Sender<Change>, change: Change) {
+    // Without a data path, which ends first when the daemon stops, nobody needs to know.
+    let _ = changes.send(change).await;
+}
+
+/// How long a workload waits after a refusal; `before` is how long it waited for this one.
+fn pause_after(before: Option<Duration>) -> Duration {
+    before.map_or(RETRY_FIRST, |before| (before * 2).min(RETRY_MAX))
 }
 
 /// Which connections of a namespace are a workload's.
@@ -988,4 +994,35 @@ pub(super) async fn give_back(namespace: &Namespace, settings: &[Former]) -> Res
     routes::remove(namespace).await?;
     sysctl::restore(namespace, settings)
         .map_err(|source| RouteError::Kernel { call: "restoring sysctls", source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_between_two_tries_doubles_up_to_its_limit() {
+        let mut pauses = vec![pause_after(None)];
+        while pauses.last() != Some(&RETRY_MAX) {
+            pauses.push(pause_after(pauses.last().copied()));
+        }
+        let milliseconds: Vec<u128> = pauses.iter().map(Duration::as_millis).collect();
+        assert_eq!(milliseconds, [200, 400, 800, 1_600, 2_000]);
+        assert_eq!(pause_after(Some(RETRY_MAX)), RETRY_MAX);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn enrolment_waits_for_a_data_path_that_is_behind_and_for_none_that_is_gone() {
+        let (changes, mut taken) = mpsc::channel(1);
+        let left = |name: &str| Change::Left { name: ObjectName::new("photo", name) };
+        let is_named = |change: &Option<Change>, name: &str| matches!(change, Some(Change::Left { name: left }) if *left == ObjectName::new("photo", name));
+        hand_over(&changes, left("first")).await;
+        let mut waiting = Box::pin(hand_over(&changes, left("second")));
+        assert!(tokio::time::timeout(RETRY_MAX, &mut waiting).await.is_err(), "there is no room");
+        assert!(is_named(&taken.recv().await, "first"));
+        waiting.await;
+        assert!(is_named(&taken.recv().await, "second"));
+        drop(taken);
+        hand_over(&changes, left("third")).await;
+    }
 }

@@ -610,10 +610,14 @@ mod tests {
 
     #[test]
     fn no_more_devices_than_the_limit_get_a_route() {
-        let devices: Vec<u32> = (2..2_000).collect();
-        let plan = plan(&observed(&[("10.0.0.1", 2)], &devices), &want(&["10.0.0.1"]));
-        assert_eq!(plan.routes.len(), DEVICES_MAX + 1);
-        assert!(plan.routes.iter().any(|route| route.device == LOOPBACK_IFINDEX));
+        let limit = u32::try_from(DEVICES_MAX).expect("small");
+        for (count, routed) in [(limit - 1, limit - 1), (limit, limit), (limit + 1, limit), (2_000, limit)] {
+            let devices: Vec<u32> = (2..2 + count).collect();
+            let plan = plan(&observed(&[("10.0.0.1", 2)], &devices), &want(&["10.0.0.1"]));
+            let with_route: Vec<u32> = plan.routes.iter().map(|route| route.device).collect();
+            let expected: Vec<u32> = (LOOPBACK_IFINDEX..2 + routed).collect();
+            assert_eq!(with_route, expected, "{count} devices: lo, and those with the lowest numbers");
+        }
     }
 
     /// `observed` after `plan` was applied.

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::sysctl::Former;
 
-/// Bytes of the file that are read. Reckoning: 4,096 namespaces with 400 bytes each. A longer one is not ours.
+/// Bytes of the file. Reckoning: 4,096 namespaces with 400 bytes each, and as much again for long paths. A longer one is not
+/// ours; a namespace that would make it longer is refused before anything is changed there.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 const VERSION: u32 = 1;
@@ -57,6 +58,11 @@ pub enum StateError {
         "{path}: not a record of enrolments ({reason}); move it away, then namespaces keep their present settings"
     )]
     Foreign { path: PathBuf, reason: String },
+    /// As much is remembered as can be.
+    #[error(
+        "{path}: with this namespace the record has {bytes} bytes, at most {FILE_BYTES_MAX} are read again; enrol fewer workloads, or give their namespaces shorter paths"
+    )]
+    Full { path: PathBuf, bytes: usize },
 }
 
 impl State {
@@ -97,12 +103,14 @@ impl State {
 
     /// Remembers a namespace. Former settings that are known already stay: they are the older truth.
     pub(super) fn remember(&mut self, entry: Entry) -> Result<(), StateError> {
+        let before = self.entries.clone();
         match self.entries.iter_mut().find(|known| known.cookie == entry.cookie) {
             Some(known) if known.path == entry.path => return Ok(()),
             Some(known) => known.path = entry.path,
             None => self.entries.push(entry),
         }
-        self.write()
+        // What is not on disk is not remembered.
+        self.write().inspect_err(|_| self.entries = before)
     }
 
     /// Forgets a namespace, and returns what was known of it.
@@ -130,6 +138,9 @@ impl State {
             Document { version: VERSION, boot: self.boot.clone(), namespaces: self.entries.clone() };
         let text = serde_json::to_vec_pretty(&document)
             .map_err(|error| fault(&self.file, "encoding", error.into()))?;
+        if text.len() as u64 > FILE_BYTES_MAX {
+            return Err(StateError::Full { path: self.file.clone(), bytes: text.len() });
+        }
         let fresh = self.file.with_extension("json.new");
         let write = || {
             let mut file =
@@ -223,9 +234,43 @@ mod tests {
             let refused = State::load_in_boot(&folder.file(), "b").expect_err(text);
             assert!(matches!(refused, StateError::Foreign { .. }), "{text}: {refused}");
         }
-        let file = fs::File::create(folder.file()).expect("writable");
-        file.set_len(FILE_BYTES_MAX + 1).expect("sparse");
-        let refused = State::load_in_boot(&folder.file(), "b").expect_err("too long");
-        assert!(matches!(refused, StateError::Foreign { .. }), "{refused}");
+    }
+
+    #[test]
+    fn a_record_is_read_up_to_the_limit() {
+        let folder = Folder::new("limit");
+        let mut text = br#"{"version":1,"boot":"b","namespaces":[]}"#.to_vec();
+        for (bytes, is_read) in [(FILE_BYTES_MAX, true), (FILE_BYTES_MAX + 1, false)] {
+            text.resize(usize::try_from(bytes).expect("small"), b' ');
+            fs::write(folder.file(), &text).expect("writable");
+            match State::load_in_boot(&folder.file(), "b") {
+                Ok(_) => assert!(is_read, "{bytes} bytes"),
+                Err(refused) => {
+                    assert!(!is_read && matches!(refused, StateError::Foreign { .. }), "{refused}")
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_record_that_could_not_be_read_again_is_not_written() {
+        let folder = Folder::new("full");
+        let mut state = State::load_in_boot(&folder.file(), "boot-1").expect("nothing there yet");
+        let of_length = |cookie, bytes| Entry { path: Some("n".repeat(bytes).into()), ..entry(cookie, "0") };
+        state.remember(of_length(1, 1)).expect("small");
+        let spare = fs::metadata(folder.file()).expect("written").len();
+        let longest = usize::try_from(FILE_BYTES_MAX - spare).expect("small");
+        // A second entry takes as much as the first, without the document around it.
+        let refused = state.remember(of_length(2, longest)).expect_err("above the limit");
+        assert!(matches!(refused, StateError::Full { .. }), "{refused}");
+        assert_eq!(state.entries(), [of_length(1, 1)], "and nothing of it is remembered");
+
+        state.forget(1).expect("writable");
+        state.remember(of_length(2, longest + 1)).expect("at the limit");
+        assert_eq!(fs::metadata(folder.file()).expect("written").len(), FILE_BYTES_MAX);
+        let successor = State::load_in_boot(&folder.file(), "boot-1").expect("readable");
+        assert_eq!(successor.entries(), state.entries());
+        let refused = state.remember(of_length(2, longest + 2)).expect_err("above the limit");
+        assert!(matches!(refused, StateError::Full { .. }), "{refused}");
     }
 }

@@ -376,6 +376,17 @@ mod tests {
     }
 
     #[test]
+    fn a_direction_that_never_pauses_lets_others_have_their_turn() {
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        let (mut source, mut sink) = (tokio::io::repeat(7), tokio::io::sink());
+        let (mut direction, carried) = (Direction::default(), AtomicU64::new(0));
+        for turn in 1..=3 {
+            assert!(direction.advance(&mut context, &mut source, &mut sink, &carried).is_pending());
+            assert_eq!(carried.load(Ordering::Relaxed), turn * TURN_BYTES as u64);
+        }
+    }
+
+    #[test]
     fn the_pool_keeps_no_more_than_its_limit() {
         let held: Vec<Buffer> = (0..BUFFERS_POOLED_MAX + 10).map(|_| Buffer::take()).collect();
         drop(held);

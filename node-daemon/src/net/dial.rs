@@ -102,23 +102,38 @@ async fn connect(dial: &Dial<'_>) -> Result<TcpStream, DialError> {
         Style::Transparent { client, mark, local, announce } => {
             let mark = (!local).then_some(*mark);
             let client = client.to_canonical();
-            let mut last = io::Error::from_raw_os_error(libc::EADDRINUSE);
             let ports = local_ports(dial.namespace);
-            for _ in 0..SOURCE_PORTS_TRIED {
+            let mut ports_left = SOURCE_PORTS_TRIED;
+            loop {
                 let source = SocketAddr::new(client, source_port(&ports, &mut rand::rng()));
-                match transparent(dial, target, source, mark, *announce).await {
-                    Ok(stream) => return Ok(stream),
-                    // The port, or this very pair of addresses, is taken: another port.
-                    Err(DialError::Kernel { source, .. } | DialError::Unreachable { source, .. })
-                        if matches!(source.raw_os_error(), Some(libc::EADDRINUSE | libc::EADDRNOTAVAIL)) =>
-                    {
-                        last = source;
-                    }
-                    Err(error) => return Err(error),
+                let outcome = transparent(dial, target, source, mark, *announce).await;
+                if let Some(settled) = settled(outcome, target, &mut ports_left) {
+                    return settled;
                 }
             }
-            Err(DialError::Kernel { target, call: "choose a source port", source: last })
         }
+    }
+}
+
+/// What a dial from one port has come to; `None`: it is taken, and another is to be tried.
+fn settled<T>(
+    outcome: Result<T, DialError>,
+    target: SocketAddr,
+    ports_left: &mut u32,
+) -> Option<Result<T, DialError>> {
+    match outcome {
+        // The port, or this very pair of addresses, is taken.
+        Err(DialError::Kernel { source, .. } | DialError::Unreachable { source, .. })
+            if matches!(source.raw_os_error(), Some(libc::EADDRINUSE | libc::EADDRNOTAVAIL)) =>
+        {
+            *ports_left = ports_left.saturating_sub(1);
+            (*ports_left == 0).then_some(Err(DialError::Kernel {
+                target,
+                call: "choose a source port",
+                source,
+            }))
+        }
+        outcome => Some(outcome),
     }
 }
 
@@ -254,6 +269,36 @@ mod tests {
     #[test]
     fn a_range_of_everything_leaves_the_unprivileged_ports() {
         check_port(1..=65_535, |port| port >= 1_024);
+    }
+
+    /// So many ports are taken; returns how many were tried, and the outcome.
+    fn tried(taken: u32, code: i32) -> (u32, Result<(), DialError>) {
+        let target = SocketAddr::from(([10, 0, 0, 1], 80));
+        let mut ports_left = SOURCE_PORTS_TRIED;
+        for tried in 1.. {
+            let source = io::Error::from_raw_os_error(code);
+            let outcome = if tried > taken { Ok(()) } else { Err(DialError::Unreachable { target, source }) };
+            if let Some(settled) = settled(outcome, target, &mut ports_left) {
+                return (tried, settled);
+            }
+        }
+        unreachable!("it ends at the limit")
+    }
+
+    #[test]
+    fn the_last_port_that_is_tried_may_be_the_free_one_and_then_the_dial_fails() {
+        for code in [libc::EADDRINUSE, libc::EADDRNOTAVAIL] {
+            let (tries, outcome) = tried(SOURCE_PORTS_TRIED - 1, code);
+            outcome.expect("one was free");
+            assert_eq!(tries, SOURCE_PORTS_TRIED);
+            let (tries, outcome) = tried(SOURCE_PORTS_TRIED, code);
+            assert_eq!(tries, SOURCE_PORTS_TRIED);
+            let Err(DialError::Kernel { call, source, .. }) = outcome else { panic!("{outcome:?}") };
+            assert_eq!((call, source.raw_os_error()), ("choose a source port", Some(code)));
+        }
+        let (tries, outcome) = tried(1, libc::ENETUNREACH);
+        outcome.expect_err("no other port helps here");
+        assert_eq!(tries, 1);
     }
 
     #[test]

@@ -45,14 +45,14 @@ pub fn open_listeners(namespace: &Namespace, exempt: &Exemption) -> io::Result<L
     namespace.visit(|| {
         Ok(Listeners {
             // Answers come from addresses that are not the namespace's own.
-            outbound: listener(true, exempt)?,
-            inbound: listener(false, exempt)?,
-            tunnel: listener(false, exempt)?,
+            outbound: listener(true, exempt, BACKLOG)?,
+            inbound: listener(false, exempt, BACKLOG)?,
+            tunnel: listener(false, exempt, BACKLOG)?,
         })
     })?
 }
 
-fn listener(transparent: bool, exempt: &Exemption) -> io::Result<TcpListener> {
+fn listener(transparent: bool, exempt: &Exemption, backlog: i32) -> io::Result<TcpListener> {
     let (socket, address) = match Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)) {
         Ok(socket) => {
             socket.set_only_v6(false)?;
@@ -73,13 +73,13 @@ fn listener(transparent: bool, exempt: &Exemption) -> io::Result<TcpListener> {
     exempt(socket.as_fd())?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
+    socket.listen(backlog)?;
     Ok(socket.into())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::{sync::Arc, time::Duration};
 
     use super::*;
 
@@ -87,14 +87,37 @@ mod tests {
     fn a_socket_that_cannot_be_exempted_does_not_listen() {
         // T-2
         let refuse: Exemption = Arc::new(|_| Err(io::Error::from_raw_os_error(libc::ENOMEM)));
-        let refused = listener(false, &refuse).expect_err("the record could not be written");
+        let refused = listener(false, &refuse, BACKLOG).expect_err("the record could not be written");
         assert_eq!(refused.raw_os_error(), Some(libc::ENOMEM));
+    }
+
+    #[test]
+    fn beyond_the_backlog_a_connect_is_neither_refused_nor_finished() {
+        let accept: Exemption = Arc::new(|_| Ok(()));
+        let listener = listener(false, &accept, 1).expect("no privilege is needed");
+        let port = listener.local_addr().expect("bound").port();
+        let connect = || {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            socket.connect_timeout(
+                &SocketAddr::from((Ipv4Addr::LOCALHOST, port)).into(),
+                Duration::from_millis(50),
+            )?;
+            Ok::<_, io::Error>(socket)
+        };
+        // The kernel keeps one more than was asked for.
+        let waiting = [connect().expect("the first waits"), connect().expect("the second waits")];
+        let unfinished = connect().expect_err("its SYN is dropped");
+        assert_eq!(unfinished.kind(), io::ErrorKind::TimedOut);
+        for _ in &waiting {
+            listener.accept().expect("none of those that waited is lost");
+        }
+        connect().expect("there is room again");
     }
 
     #[test]
     fn one_listener_serves_both_families() {
         let accept: Exemption = Arc::new(|_| Ok(()));
-        let listener = listener(false, &accept).expect("no privilege is needed");
+        let listener = listener(false, &accept, BACKLOG).expect("no privilege is needed");
         let port = listener.local_addr().expect("bound").port();
         std::net::TcpStream::connect(("127.0.0.1", port)).expect("IPv4");
         std::net::TcpStream::connect(("::1", port)).expect("IPv6");

@@ -122,12 +122,16 @@ impl Diag {
 
     /// Opens it in the namespace of the calling thread.
     pub fn open_here() -> io::Result<Self> {
+        Self::open_within(ANSWER_WITHIN)
+    }
+
+    fn open_within(answer_within: Duration) -> io::Result<Self> {
         let socket = Socket::new(
             Domain::from(libc::AF_NETLINK),
             Type::DGRAM,
             Some(Protocol::from(libc::NETLINK_SOCK_DIAG)),
         )?;
-        socket.set_read_timeout(Some(ANSWER_WITHIN))?;
+        socket.set_read_timeout(Some(answer_within))?;
         Ok(Self { socket, sequence: 0 })
     }
 
@@ -151,18 +155,15 @@ impl Diag {
 
     /// All sockets of both families in one of `states`.
     pub fn list(&mut self, states: &[State]) -> io::Result<Vec<TcpSocket>> {
+        self.list_within(states, SOCKETS_LISTED_MAX)
+    }
+
+    fn list_within(&mut self, states: &[State], sockets_max: usize) -> io::Result<Vec<TcpSocket>> {
         let mut sockets = Vec::new();
         for family in [libc::AF_INET, libc::AF_INET6] {
             let request = Request::all(family, states);
             self.ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request.bytes(), |socket| {
-                if sockets.len() == SOCKETS_LISTED_MAX {
-                    return Err(io::Error::new(
-                        io::ErrorKind::FileTooLarge,
-                        format!("more than {SOCKETS_LISTED_MAX} TCP sockets in one namespace"),
-                    ));
-                }
-                sockets.push(socket);
-                Ok(())
+                add_within(&mut sockets, socket, sockets_max)
             })?;
         }
         Ok(sockets)
@@ -230,6 +231,17 @@ impl Diag {
             }
         }
     }
+}
+
+fn add_within(sockets: &mut Vec<TcpSocket>, socket: TcpSocket, sockets_max: usize) -> io::Result<()> {
+    if sockets.len() == sockets_max {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("more than {sockets_max} TCP sockets in one namespace"),
+        ));
+    }
+    sockets.push(socket);
+    Ok(())
 }
 
 // From linux/netlink.h, linux/sock_diag.h and linux/inet_diag.h.
@@ -481,6 +493,39 @@ mod tests {
         assert_eq!(bytes[48..], [0xff; 8]);
         let states = Request::all(libc::AF_INET, &[State::Established, State::Listen]).states;
         assert_eq!(states, 1 << 1 | 1 << 10);
+    }
+
+    #[test]
+    fn a_list_holds_as_many_sockets_as_the_limit_says_and_refuses_one_more() {
+        let body = answer(FAMILY_V4, 1, (&[10, 0, 0, 1], 1), (&[10, 0, 0, 2], 2), &[]);
+        let socket = parse_socket(&body).expect("well formed");
+        let mut sockets = Vec::new();
+        for _ in 0..3 {
+            add_within(&mut sockets, socket, 3).expect("within the limit");
+        }
+        let refused = add_within(&mut sockets, socket, 3).expect_err("above the limit");
+        assert_eq!((refused.kind(), sockets.len()), (io::ErrorKind::FileTooLarge, 3));
+    }
+
+    #[test]
+    fn after_a_list_that_was_refused_the_next_question_is_answered() {
+        let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").expect("a port is free"));
+        let mut diag = Diag::open_here().expect("sock_diag needs no privilege");
+        let refused = diag.list_within(&[State::Listen], 2).expect_err("three listen");
+        assert_eq!(refused.kind(), io::ErrorKind::FileTooLarge);
+        let listed = diag.list(&[State::Listen]).expect("the rest of the refused list is not in the way");
+        for listener in listeners {
+            let local = listener.local_addr().expect("bound");
+            assert!(listed.iter().any(|socket| socket.local == local));
+        }
+    }
+
+    #[test]
+    fn a_question_without_an_answer_fails() {
+        const NLMSG_NOOP: u16 = 1; // which the kernel passes over in silence
+        let mut diag = Diag::open_within(Duration::from_millis(1)).expect("sock_diag needs no privilege");
+        let failed = diag.ask(NLMSG_NOOP, 0, &[], |_| Ok(())).expect_err("nobody answers");
+        assert_eq!(failed.kind(), io::ErrorKind::WouldBlock);
     }
 
     #[test]
