@@ -4,19 +4,20 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
-        BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
     },
     helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
     programs::SockOpsContext,
 };
-use ebpf::verdict::{self, Ended};
-use ebpf_abi::{Address, DropReason, Origin, Tuple, WorkloadNumber};
+use ebpf::verdict::{self, Ended, Opening};
+use ebpf_abi::{Address, DropReason, Origin, OriginKind, Tuple, WorkloadNumber};
 
 use crate::{
     maps::{
         close_origin, count_drop, forget_captured, forget_origin, host_workload, is_captured, is_exempt,
-        is_instance_of_host_workload, is_own_address, our_mark, publish_origin, set_mark,
+        is_instance_of_host_workload, is_origin, is_own_address, our_mark, port_owner, publish_origin,
+        set_mark,
     },
     words::{AF_INET, address6, field, v4},
 };
@@ -27,6 +28,7 @@ pub(crate) fn event(context: &SockOpsContext) -> u32 {
     match field!(raw, op) {
         BPF_SOCK_OPS_TCP_LISTEN_CB => listens(context),
         BPF_SOCK_OPS_TCP_CONNECT_CB if is_instance_of_host_workload() => connects(context),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB if is_instance_of_host_workload() => stands(context),
         BPF_SOCK_OPS_STATE_CB if is_instance_of_host_workload() => {
             let last_state = field!(raw, __bindgen_anon_1.args[0]);
             let state = field!(raw, __bindgen_anon_1.args[1]);
@@ -55,7 +57,8 @@ fn listens(context: &SockOpsContext) {
     unsafe { forget_captured(sk) };
 }
 
-/// Publishes who connects, before the SYN: the daemon's listeners on a host serve many workloads.
+/// Publishes who connects, before the SYN: the daemon's listeners on a host serve many workloads, and local processes share
+/// all addresses (T-27).
 #[inline(always)]
 fn connects(context: &SockOpsContext) {
     // SAFETY: the context is the one of this hook.
@@ -66,20 +69,26 @@ fn connects(context: &SockOpsContext) {
     if sk.is_null() || unsafe { is_exempt(sk) } {
         return;
     }
-    // SAFETY: as above.
-    let captured = unsafe { is_captured(sk) };
-    let tuple = tuple_of(context);
-    if !captured && !is_own_address(workload, &tuple.target) {
-        return;
-    }
-    if publish(context, workload, captured, &tuple) {
+    let connect = Connect { sk, workload, tuple: tuple_of(context) };
+    let Some(kind) = verdict::opened(&connect, workload) else { return };
+    if publish(context, workload, kind, &connect.tuple) {
         return;
     }
     count_drop(DropReason::OriginFailed);
-    if captured {
+    if kind == OriginKind::Captured {
         // Nobody would know whose connection it is, and without an origin it could meet a listener of the host. Without
         // the mark it takes the way to the real interface, where the guard holds it: the connect times out.
         clear_mark(context, sk);
+    }
+}
+
+/// No listener is looked up any more for a connection that stands: what only `steer` needed to know goes.
+#[inline(always)]
+fn stands(context: &SockOpsContext) {
+    let tuple = tuple_of(context);
+    if is_origin(&tuple, OriginKind::Own) {
+        // SAFETY: the context is the one of this hook.
+        forget_origin(&tuple, unsafe { bpf_get_socket_cookie(context.as_ptr()) });
     }
 }
 
@@ -97,14 +106,44 @@ fn closes(context: &SockOpsContext, last_state: u32) {
 }
 
 #[inline(always)]
-fn publish(context: &SockOpsContext, workload: WorkloadNumber, captured: bool, tuple: &Tuple) -> bool {
+fn publish(context: &SockOpsContext, workload: WorkloadNumber, kind: OriginKind, tuple: &Tuple) -> bool {
     let flags = field!(context.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
     if context.set_cb_flags(flags as i32).is_err() {
         return false;
     }
     // SAFETY: the context is the one of this hook.
     let socket_cookie = unsafe { bpf_get_socket_cookie(context.as_ptr()) };
-    publish_origin(tuple, &Origin { workload, captured: u32::from(captured), socket_cookie, closed_nanos: 0 })
+    publish_origin(tuple, &Origin { workload, kind: kind as u32, socket_cookie, closed_nanos: 0 })
+}
+
+struct Connect {
+    /// The socket of this hook's context, which is not null.
+    sk: *mut bpf_sock,
+    workload: WorkloadNumber,
+    tuple: Tuple,
+}
+
+impl Opening for Connect {
+    #[inline(always)]
+    fn is_captured(&self) -> bool {
+        // SAFETY: the field's invariant.
+        unsafe { is_captured(self.sk) }
+    }
+
+    #[inline(always)]
+    fn target(&self) -> Address {
+        self.tuple.target
+    }
+
+    #[inline(always)]
+    fn is_own(&self, address: &Address) -> bool {
+        is_own_address(self.workload, address)
+    }
+
+    #[inline(always)]
+    fn port_owner(&self) -> Option<WorkloadNumber> {
+        port_owner(self.tuple.target_port)
+    }
 }
 
 /// False where the mark could not be cleared.

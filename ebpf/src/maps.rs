@@ -12,8 +12,8 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use ebpf_abi::{
-    Address, CapturedRecord, Delivery, DropReason, ExemptRecord, Origin, OwnAddressKey, Port, PortAction,
-    SocketSlot, SteerMeta, Tuple, Verdict, WorkloadNumber, WorkloadValue,
+    Address, CapturedRecord, Delivery, DropReason, ExemptRecord, Origin, OriginKind, OwnAddressKey, Port,
+    PortAction, PortRule, SocketSlot, SteerMeta, Tuple, Verdict, WorkloadNumber, WorkloadValue,
     limits::{
         COUNTERS_MAX, DELIVERIES_MAX, ORIGINS_MAX, OWN_ADDRESSES_MAX, SOCKETS_MAX, STATE_MAX,
         STEER_ADDRESSES_MAX, STEER_PORTS_MAX, STEER_SLOTS_FACTOR, WORKLOADS_MAX,
@@ -58,8 +58,9 @@ static SOCKETS: SockMap = SockMap::with_max_entries(SOCKETS_MAX, 0);
 static STEER_ADDRESSES: HashMap<Address, u8> =
     HashMap::with_max_entries(STEER_ADDRESSES_MAX * STEER_SLOTS_FACTOR, BPF_F_NO_PREALLOC);
 
+/// The instance of a host workload reads those of the host.
 #[map]
-static STEER_PORTS: HashMap<Port, u32> =
+static STEER_PORTS: HashMap<Port, PortRule> =
     HashMap::with_max_entries(STEER_PORTS_MAX * STEER_SLOTS_FACTOR, BPF_F_NO_PREALLOC);
 
 /// No program reads it: a successor reads there whose instance it found.
@@ -189,11 +190,11 @@ pub(crate) fn publish_origin(tuple: &Tuple, origin: &Origin) -> bool {
     ORIGINS.insert(tuple, origin, 0).is_ok()
 }
 
-/// Whether a captured connect published this connection.
+/// Whether a connect of a host workload published this connection as one of this kind.
 #[inline(always)]
-pub(crate) fn is_captured_origin(tuple: &Tuple) -> bool {
+pub(crate) fn is_origin(tuple: &Tuple, kind: OriginKind) -> bool {
     // SAFETY: the field is written before the entry is published and never after.
-    unsafe { ORIGINS.get(tuple) }.is_some_and(|origin| origin.captured != 0)
+    unsafe { ORIGINS.get(tuple) }.is_some_and(|origin| origin.kind == kind as u32)
 }
 
 /// Takes a connection back, if it is still the one of this socket.
@@ -232,8 +233,16 @@ pub(crate) fn is_steer_address(address: &Address) -> bool {
 /// Whether a port of this instance has this action.
 #[inline(always)]
 pub(crate) fn has_action(port: Port, action: PortAction) -> bool {
-    // SAFETY: user space writes the four bytes at once.
-    unsafe { STEER_PORTS.get(&port) }.is_some_and(|present| *present == action as u32)
+    // SAFETY: user space replaces an entry as a whole, so a reader sees the old or the new one.
+    unsafe { STEER_PORTS.get(&port) }.is_some_and(|rule| rule.action == action as u32)
+}
+
+/// Which host workload serves a port; `WorkloadNumber::NONE` where several declare it.
+#[inline(always)]
+pub(crate) fn port_owner(port: Port) -> Option<WorkloadNumber> {
+    // SAFETY: as in `has_action`.
+    let rule = unsafe { STEER_PORTS.get(&port) }?;
+    (rule.action == PortAction::Inbound as u32).then_some(rule.owner)
 }
 
 /// How handing over to a listener ended.

@@ -9,11 +9,11 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use ebpf::verdict::{self, Arriving, Steer};
-use ebpf_abi::{Address, DropReason, PortAction, SocketSlot, Tuple, Verdict};
+use ebpf_abi::{Address, DropReason, OriginKind, PortAction, SocketSlot, Tuple, Verdict};
 
 use crate::{
     maps::{
-        Handed, count_drop, count_verdict, hand_to, has_action, is_captured_origin, is_delivery, is_host,
+        Handed, count_drop, count_verdict, hand_to, has_action, is_delivery, is_host, is_origin,
         is_steer_address,
     },
     words::{AF_INET, address6, field, v4},
@@ -126,7 +126,12 @@ impl Arriving for Arrival {
 
     #[inline(always)]
     fn is_captured(&self) -> bool {
-        is_captured_origin(&self.tuple)
+        is_origin(&self.tuple, OriginKind::Captured)
+    }
+
+    #[inline(always)]
+    fn is_to_itself(&self) -> bool {
+        is_origin(&self.tuple, OriginKind::Own)
     }
 
     #[inline(always)]

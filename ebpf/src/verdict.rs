@@ -3,7 +3,7 @@
 //! Each question is asked only when the answer counts, so a hook pays for one look-up at a time. None of these functions
 //! can fail: what is unknown has an answer, too.
 
-use ebpf_abi::{Address, LOOPBACK_IFINDEX, SocketSlot, TUNNEL_PORT, WorkloadNumber};
+use ebpf_abi::{Address, LOOPBACK_IFINDEX, OriginKind, SocketSlot, TUNNEL_PORT, WorkloadNumber};
 
 /// What the connect hook knows of a socket that is about to connect.
 pub trait Connecting {
@@ -50,6 +50,34 @@ pub fn connect(socket: &impl Connecting) -> Connect {
     Connect::Capture(workload)
 }
 
+/// What is known of a connect of a host workload before its SYN.
+pub trait Opening {
+    fn is_captured(&self) -> bool;
+    /// The address that it dials.
+    fn target(&self) -> Address;
+    /// Whether the host has this address.
+    fn is_own(&self, address: &Address) -> bool;
+    /// Which host workload serves the port that it dials, if one does; `WorkloadNumber::NONE` where several declare it.
+    fn port_owner(&self) -> Option<WorkloadNumber>;
+}
+
+/// Where a connect of `workload` goes, if anybody needs to know (T-27).
+///
+/// A workload that talks to itself is no other process: whoever else dials the same address is identified and judged.
+#[inline(always)]
+pub fn opened(connect: &impl Opening, workload: WorkloadNumber) -> Option<OriginKind> {
+    if connect.is_captured() {
+        return Some(OriginKind::Captured);
+    }
+    let target = connect.target();
+    if !is_loopback(&target) && !connect.is_own(&target) {
+        return None;
+    }
+    // Where nobody serves the port the connection is not steered: an entry would never be taken.
+    let owner = connect.port_owner()?;
+    Some(if owner == workload { OriginKind::Own } else { OriginKind::Local })
+}
+
 /// What the look-up of a listener knows of a connection that arrives.
 pub trait Arriving {
     fn is_tcp(&self) -> bool;
@@ -67,6 +95,8 @@ pub trait Arriving {
     fn is_inbound_port(&self, port: u16) -> bool;
     /// In the host's namespace: whether a captured connect of a host workload published exactly this connection.
     fn is_captured(&self) -> bool;
+    /// In the host's namespace: whether a host workload published exactly this connection as one to itself.
+    fn is_to_itself(&self) -> bool;
     /// In the host's namespace: whether the daemon announced exactly this connection as its delivery.
     fn is_delivery(&self) -> bool;
 }
@@ -110,22 +140,23 @@ pub fn steer_in_pod(arrival: &impl Arriving) -> Steer {
 
 /// In the host's namespace only what belongs to a host workload is the daemon's.
 ///
-/// Addresses prove nothing here: the host has many, of many owners, and local processes share them (T-27). A captured
-/// connect is known by its exact tuple, an arriving one by its port, and the daemon's own delivery by its exact tuple.
+/// Addresses prove nothing here: the host has many, of many owners, and local processes share them, loopback included (T-27).
+/// An arriving connection is known by its port; a captured connect, one of a workload to itself, and the daemon's own delivery
+/// are known by their exact tuples.
 #[inline(always)]
 pub fn steer_in_host(arrival: &impl Arriving) -> Steer {
     if !arrival.is_tcp() {
         return Steer::Pass;
     }
-    if is_loopback(&arrival.target()) {
-        return Steer::Pass;
-    }
-    if arrival.is_captured() {
-        return Steer::To(SocketSlot::Outbound);
-    }
     let port = arrival.target_port();
-    if port == TUNNEL_PORT {
-        return Steer::To(SocketSlot::Tunnel);
+    // No connect to loopback is captured, and no tunnel ends there: at loopback the tunnel's port is like any other.
+    if !is_loopback(&arrival.target()) {
+        if arrival.is_captured() {
+            return Steer::To(SocketSlot::Outbound);
+        }
+        if port == TUNNEL_PORT {
+            return Steer::To(SocketSlot::Tunnel);
+        }
     }
     if !arrival.is_inbound_port(port) {
         return Steer::Pass;
@@ -134,7 +165,7 @@ pub fn steer_in_host(arrival: &impl Arriving) -> Steer {
     // and no delivery. A local client's address leads back by its own interface, and there the daemon's socket itself keeps
     // every other local process from the tuple.
     let is_local = arrival.interface() == LOOPBACK_IFINDEX || arrival.is_own(&arrival.source());
-    if is_local && arrival.is_delivery() {
+    if is_local && (arrival.is_delivery() || arrival.is_to_itself()) {
         return Steer::Pass;
     }
     Steer::To(SocketSlot::Inbound)
@@ -334,6 +365,7 @@ mod tests {
         target: &'static str,
         port: u16,
         captured: bool,
+        to_itself: bool,
         delivery: bool,
     }
 
@@ -365,6 +397,9 @@ mod tests {
         fn is_captured(&self) -> bool {
             self.captured
         }
+        fn is_to_itself(&self) -> bool {
+            self.to_itself
+        }
         fn is_delivery(&self) -> bool {
             self.delivery
         }
@@ -377,8 +412,12 @@ mod tests {
         target: "10.8.1.4",
         port: 8080,
         captured: false,
+        to_itself: false,
         delivery: false,
     };
+
+    /// A local process dials loopback.
+    const LOCAL: Syn = Syn { source: "127.0.0.1", target: "127.0.0.1", interface: LOOPBACK_IFINDEX, ..SYN };
 
     const PASS: Steer = Steer::Pass;
     const OUTBOUND: Steer = Steer::To(SocketSlot::Outbound);
@@ -454,11 +493,32 @@ mod tests {
     }
 
     #[test]
-    fn a_port_of_a_host_workload_is_steered_at_every_address_but_loopback() {
+    fn a_port_of_a_host_workload_is_steered_at_every_address() {
         host(SYN, INBOUND);
         host(Syn { target: "10.8.1.200", ..SYN }, INBOUND);
         host(Syn { source: "fe80::9", target: "fe80::200", ..SYN }, INBOUND);
-        host(Syn { source: "127.0.0.1", target: "127.0.0.1", interface: LOOPBACK_IFINDEX, ..SYN }, PASS);
+    }
+
+    // T-27
+    #[test]
+    fn loopback_is_no_way_around_the_policy_of_a_host_workload() {
+        host(LOCAL, INBOUND);
+        host(Syn { target: "127.0.0.53", ..LOCAL }, INBOUND);
+        host(Syn { source: "::1", target: "::1", ..LOCAL }, INBOUND);
+        host(Syn { source: "10.8.1.4", ..LOCAL }, INBOUND);
+        // Where the host lets packets for loopback in from outside (`route_localnet`), the daemon refuses them.
+        host(Syn { target: "127.0.0.1", ..SYN }, INBOUND);
+        // An entry of another connect is none of this one: a connect to loopback is never captured.
+        host(Syn { captured: true, ..LOCAL }, INBOUND);
+    }
+
+    // T-27
+    #[test]
+    fn a_host_workload_that_talks_to_itself_is_left_alone() {
+        host(Syn { to_itself: true, ..LOCAL }, PASS);
+        host(Syn { to_itself: true, source: "::1", target: "::1", ..LOCAL }, PASS);
+        host(Syn { to_itself: true, source: "10.8.1.4", ..SYN }, PASS);
+        host(Syn { to_itself: true, ..SYN }, INBOUND);
     }
 
     // T-27
@@ -474,7 +534,10 @@ mod tests {
         host(Syn { delivery: true, interface: LOOPBACK_IFINDEX, ..SYN }, PASS);
         host(Syn { delivery: true, source: "10.8.1.4", ..SYN }, PASS);
         host(Syn { delivery: true, source: "fd00:8:1::4", target: "fd00:8:1::4", ..SYN }, PASS);
+        host(Syn { delivery: true, ..LOCAL }, PASS);
+        host(Syn { delivery: true, source: "::1", target: "::1", ..LOCAL }, PASS);
         host(Syn { delivery: true, ..SYN }, INBOUND);
+        host(Syn { delivery: true, target: "127.0.0.1", ..SYN }, INBOUND);
         host(Syn { interface: LOOPBACK_IFINDEX, ..SYN }, INBOUND);
     }
 
@@ -482,17 +545,81 @@ mod tests {
     fn other_services_of_a_host_are_left_alone() {
         host(Syn { port: 22, ..SYN }, PASS);
         host(Syn { port: 9100, ..SYN }, PASS);
+        host(Syn { port: 22, ..LOCAL }, PASS);
+        host(Syn { port: 9100, source: "::1", target: "::1", ..LOCAL }, PASS);
         host(Syn { port: TUNNEL_PORT, ..SYN }, TUNNEL);
-        host(
-            Syn {
-                port: TUNNEL_PORT,
-                target: "127.0.0.1",
-                source: "127.0.0.1",
-                interface: LOOPBACK_IFINDEX,
-                ..SYN
-            },
-            PASS,
-        );
+        // No tunnel ends at loopback.
+        host(Syn { port: TUNNEL_PORT, ..LOCAL }, PASS);
+        host(Syn { port: TUNNEL_PORT, source: "::1", target: "::1", ..LOCAL }, PASS);
+    }
+
+    #[derive(Clone, Copy)]
+    struct Open {
+        captured: bool,
+        target: &'static str,
+        owner: Option<WorkloadNumber>,
+    }
+
+    impl Opening for Open {
+        fn is_captured(&self) -> bool {
+            self.captured
+        }
+        fn target(&self) -> Address {
+            address(self.target)
+        }
+        fn is_own(&self, asked: &Address) -> bool {
+            OWN.iter().any(|own| address(own) == *asked)
+        }
+        fn port_owner(&self) -> Option<WorkloadNumber> {
+            self.owner
+        }
+    }
+
+    const UNIT: WorkloadNumber = WorkloadNumber(3);
+    const NEIGHBOUR: WorkloadNumber = WorkloadNumber(4);
+    const OPEN: Open = Open { captured: false, target: "127.0.0.1", owner: Some(NEIGHBOUR) };
+
+    #[track_caller]
+    fn open(open: Open, expected: Option<OriginKind>) {
+        assert_eq!(opened(&open, UNIT), expected, "{}", open.target);
+    }
+
+    const LOCAL_ADDRESSES: [&str; 6] =
+        ["127.0.0.1", "127.0.0.53", "::1", "::ffff:127.0.0.1", "10.8.1.4", "fe80::4"];
+
+    // T-27
+    #[test]
+    fn a_connect_to_a_service_of_the_same_host_says_whose_it_is() {
+        for target in LOCAL_ADDRESSES {
+            open(Open { target, ..OPEN }, Some(OriginKind::Local));
+            // Two workloads declare the port: nobody can tell whether it is the caller's own.
+            open(Open { target, owner: Some(WorkloadNumber::NONE), ..OPEN }, Some(OriginKind::Local));
+        }
+    }
+
+    // T-27
+    #[test]
+    fn only_the_owner_of_a_port_talks_to_itself_there() {
+        for target in LOCAL_ADDRESSES {
+            open(Open { target, owner: Some(UNIT), ..OPEN }, Some(OriginKind::Own));
+        }
+        open(Open { target: "10.8.1.9", owner: Some(UNIT), ..OPEN }, None);
+    }
+
+    #[test]
+    fn a_connect_that_nobody_asks_about_is_not_published() {
+        for target in LOCAL_ADDRESSES {
+            open(Open { target, owner: None, ..OPEN }, None);
+        }
+        open(Open { target: "10.8.1.9", ..OPEN }, None);
+    }
+
+    #[test]
+    fn a_captured_connect_says_whose_it_is_wherever_it_goes() {
+        for owner in [None, Some(UNIT), Some(NEIGHBOUR)] {
+            let captured = Some(OriginKind::Captured);
+            open(Open { captured: true, target: "10.8.1.9", owner }, captured);
+        }
     }
 
     // T-1

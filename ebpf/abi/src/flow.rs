@@ -18,7 +18,7 @@ impl Address {
 /// A port as a map key, in host byte order.
 pub type Port = u16;
 
-/// What `steer` does with a port of a workload. Value of the map `STEER_PORTS`.
+/// What `steer` does with a port of a workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum PortAction {
@@ -26,6 +26,26 @@ pub enum PortAction {
     Exempt = 1,
     /// In the host's namespace: connections to this port are handed to the inbound listener.
     Inbound = 2,
+}
+
+/// Value of the map `STEER_PORTS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct PortRule {
+    /// A [`PortAction`].
+    pub action: u32,
+    /// The host workload that alone declares the port; [`WorkloadNumber::NONE`] where several do, and in a pod.
+    pub owner: WorkloadNumber,
+}
+
+impl PortRule {
+    /// A port of a pod that is left alone.
+    pub const EXEMPT: Self = Self { action: PortAction::Exempt as u32, owner: WorkloadNumber::NONE };
+
+    /// A port that `owner` serves on the host.
+    pub const fn inbound(owner: WorkloadNumber) -> Self {
+        Self { action: PortAction::Inbound as u32, owner }
+    }
 }
 
 /// The daemon's listeners of one namespace: the slot in the map `SOCKETS`.
@@ -62,13 +82,25 @@ pub struct Tuple {
     pub target_port: u16,
 }
 
+/// Where a connection of a host workload goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum OriginKind {
+    /// To a service of the same host; the inbound side asks who opened it (T-27).
+    Local = 0,
+    /// It was captured; the outbound side asks who opened it.
+    Captured = 1,
+    /// To the workload itself: left alone. The entry lives until the connection stands; nobody takes it.
+    Own = 2,
+}
+
 /// Value of the map `ORIGINS`, key [`Tuple`]: who opened this connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Origin {
     pub workload: WorkloadNumber,
-    /// 1 where the connection was captured, 0 where it was left to the inbound side.
-    pub captured: u32,
+    /// An [`OriginKind`].
+    pub kind: u32,
     /// Cookie of the client's socket.
     pub socket_cookie: u64,
     /// When the client's socket was closed in order, nanoseconds of the monotonic clock; 0 while it is open.
@@ -85,5 +117,6 @@ pub struct Delivery {
 // A padding byte in a key would be a lookup that misses.
 const _: () = assert!(size_of::<Address>() == 16 && align_of::<Address>() == 1);
 const _: () = assert!(size_of::<Tuple>() == 16 + 16 + 2 + 2);
+const _: () = assert!(size_of::<PortRule>() == 4 + 4);
 const _: () = assert!(size_of::<Origin>() == 4 + 4 + 8 + 8);
 const _: () = assert!(size_of::<Delivery>() == 4);

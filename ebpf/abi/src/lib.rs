@@ -18,13 +18,13 @@ pub mod flow;
 #[cfg(feature = "user")]
 mod user;
 
-pub use flow::{Address, Delivery, Origin, Port, PortAction, SocketSlot, Tuple};
+pub use flow::{Address, Delivery, Origin, OriginKind, Port, PortAction, PortRule, SocketSlot, Tuple};
 pub use reason::{DropReason, Verdict};
 pub use workload::{CapturedRecord, ExemptRecord, OwnAddressKey, SteerMeta, WorkloadNumber, WorkloadValue};
 
 /// Version of every layout and meaning in this package; part of the pin path, so two versions never share a map.
 /// Raise it when a map's layout, a slot's meaning or the contract of a program changes.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// Port of the tunnel between nodes. The kernel programs steer it to [`SocketSlot::Tunnel`].
 pub const TUNNEL_PORT: u16 = 15008;

@@ -19,7 +19,8 @@ pub const STEER_PORTS_MAX: u32 = 512;
 pub const STEER_SLOTS_FACTOR: u32 = 2;
 
 /// Connections of host workloads that the daemon has not accepted yet. Entries live from the SYN to the accept, so this is
-/// the number of half-open connects. At the limit a further captured connect gets no route and times out: closed.
+/// the number of half-open connects. At the limit a further captured connect gets no route and times out, and a local one is
+/// nobody's: closed.
 pub const ORIGINS_MAX: u32 = 65_536;
 
 /// Connections that the daemon delivers inside the host's namespace at one time, as many as a node serves (60,000).

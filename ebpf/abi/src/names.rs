@@ -50,7 +50,8 @@ pub const SHARED_MAPS: [&str; 8] = [
 pub const MAP_SOCKETS: &str = "SOCKETS";
 /// Own addresses of one namespace, for `steer`.
 pub const MAP_STEER_ADDRESSES: &str = "STEER_ADDRESSES";
-/// Ports of one namespace that are treated specially, for `steer`.
+/// Ports of one namespace that are treated specially, for `steer`; those of the host also for `socket_events` of its
+/// workloads.
 pub const MAP_STEER_PORTS: &str = "STEER_PORTS";
 /// Whose instance this is; read back by a successor. Only user space uses it.
 pub const MAP_STEER_META: &str = "STEER_META";

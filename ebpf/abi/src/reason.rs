@@ -20,7 +20,7 @@ pub enum DropReason {
     NoTunnelListener = 6,
     /// The kernel did not take the listener that the slot names.
     SteerFailed = 7,
-    /// The origin of a host workload's connect could not be published; the connect finds no route.
+    /// The origin of a host workload's connect could not be published: a captured one finds no route, a local one is nobody's.
     OriginFailed = 8,
     /// A socket that listens kept its record or mark, because clearing failed.
     ClearFailed = 9,

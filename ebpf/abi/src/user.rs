@@ -3,7 +3,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::{
-    flow::{Address, Delivery, Origin, Tuple},
+    flow::{Address, Delivery, Origin, PortRule, Tuple},
     workload::{CapturedRecord, ExemptRecord, OwnAddressKey, SteerMeta, WorkloadNumber, WorkloadValue},
 };
 
@@ -57,6 +57,7 @@ plain!(
     ExemptRecord,
     Origin,
     OwnAddressKey,
+    PortRule,
     SteerMeta,
     Tuple,
     WorkloadNumber,

@@ -1,14 +1,14 @@
 //! One workload's instance: found again, made, filled, attached, and read back after a restart.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     os::fd::BorrowedFd,
     path::{Path, PathBuf},
 };
 
 use ebpf_abi::{
-    PortAction, SocketSlot, SteerMeta, WorkloadNumber,
+    SocketSlot, SteerMeta, WorkloadNumber,
     limits::KEY_LEN_MAX,
     names::{self, STATE_EPOCH, STATE_LAST_NUMBER},
 };
@@ -55,7 +55,7 @@ impl Kernel {
         };
         let mut steering = Steering::open(&folder)?;
         steering.set_addresses(&addresses)?;
-        steering.set_ports(&ports, PortAction::Exempt)?;
+        steering.set_exempt_ports(&ports)?;
         steering.set_sockets(sockets)?;
         if let Some(instance) = &mut instance {
             attach::to_namespace(instance, target.netns, &folder)?;
@@ -107,7 +107,7 @@ impl Kernel {
             Some(load::instance(Purpose::SteerHost { folder: &host }, self.config.mark, &self.pins.maps())?)
         };
         let mut steering = Steering::open(&host)?;
-        steering.add_ports(&wanted, PortAction::Inbound)?;
+        steering.add_inbound_ports(&wanted.iter().map(|port| (*port, number)).collect())?;
         steering.set_sockets(sockets)?;
         if let Some(instance) = &mut instance {
             attach::to_namespace(instance, target.netns, &host)?;
@@ -137,7 +137,8 @@ impl Kernel {
         if maps::meta(folder).is_ok() {
             return Ok(());
         }
-        let purpose = Purpose::HostWorkload { number, netns_cookie: 0 };
+        let host = self.pins.host();
+        let purpose = Purpose::HostWorkload { number, netns_cookie: 0, host: &host };
         let mut instance = load::instance(purpose, self.config.mark, &self.pins.maps())?;
         maps::pin(&mut instance, names::MAP_STEER_META, folder)
     }
@@ -149,7 +150,8 @@ impl Kernel {
     ) -> Result<(), KernelError> {
         let workload = self.workloads.get_mut(&number).ok_or(KernelError::Unknown(number))?;
         let id = cgroup_id(cgroup).map_err(KernelError::file(cgroup, "using the cgroup"))?;
-        let purpose = Purpose::HostWorkload { number, netns_cookie: workload.cookie };
+        let host = self.pins.host();
+        let purpose = Purpose::HostWorkload { number, netns_cookie: workload.cookie, host: &host };
         let mut instance = load::instance(purpose, self.config.mark, &self.pins.maps())?;
         attach::to_cgroup(&mut instance, cgroup, &workload.folder, workload.cgroup == id)?;
         let mut meta = maps::meta(&workload.folder)?;
@@ -162,7 +164,7 @@ impl Kernel {
     /// Addresses of the host and ports of all host workloads. While some of a predecessor are not steered yet, theirs are kept: closed.
     pub(super) fn write_host(&self) -> Result<(), KernelError> {
         let hosts = || self.workloads.values().filter(|workload| workload.cgroup != 0);
-        let ports: BTreeSet<u16> = hosts().flat_map(|workload| workload.ports.iter().copied()).collect();
+        let ports = owners(self.workloads.iter().filter(|(_, workload)| workload.cgroup != 0));
         if !self.pins.host().join(names::MAP_STEER_PORTS).exists() {
             // A predecessor crashed between a host workload and the instance of the host.
             return Ok(());
@@ -172,9 +174,9 @@ impl Kernel {
             hosts().flat_map(|workload| workload.addresses.iter().copied()).collect();
         steering.set_addresses(&addresses)?;
         if hosts().any(|workload| workload.kind.is_none()) {
-            return steering.add_ports(&ports, PortAction::Inbound);
+            return steering.add_inbound_ports(&ports);
         }
-        steering.set_ports(&ports, PortAction::Inbound)
+        steering.set_inbound_ports(&ports)
     }
 
     /// The enrolment that a target continues, if there is one. Another enrolment of the same workload, or a forgotten one of
@@ -256,6 +258,20 @@ impl Kernel {
         }
         Ok(())
     }
+}
+
+/// Ports of host workloads, each with the one that declares it. Where two do, at different addresses of the host, nobody can
+/// tell which of them listens at loopback: the port is nobody's own.
+fn owners<'a>(
+    hosts: impl Iterator<Item = (&'a WorkloadNumber, &'a Workload)>,
+) -> BTreeMap<u16, WorkloadNumber> {
+    let mut owners = BTreeMap::new();
+    for (number, workload) in hosts {
+        for port in &workload.ports {
+            owners.entry(*port).and_modify(|owner| *owner = WorkloadNumber::NONE).or_insert(*number);
+        }
+    }
+    owners
 }
 
 /// The kernel takes a listener of any namespace, and then shakes hands in the wrong one: clients would time out.

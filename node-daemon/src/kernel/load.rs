@@ -25,8 +25,9 @@ static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
 pub(super) enum Purpose<'a> {
     /// The programs on the cgroup of the node's pods.
     Node,
-    /// The programs on the cgroup of one host workload, for its sockets in the host's namespace.
-    HostWorkload { number: WorkloadNumber, netns_cookie: u64 },
+    /// The programs on the cgroup of one host workload, for its sockets in the host's namespace, whose `steer` is pinned in
+    /// the folder.
+    HostWorkload { number: WorkloadNumber, netns_cookie: u64, host: &'a Path },
     /// `steer` in a pod's namespace; its own maps are pinned in the folder.
     SteerPod { folder: &'a Path },
     /// `steer` in the host's namespace; its own maps are pinned in the folder.
@@ -47,7 +48,7 @@ pub(super) fn object_hash() -> u64 {
 /// Loads the maps of an instance, and readies its programs.
 pub(super) fn instance(purpose: Purpose<'_>, mark: u32, shared_maps: &Path) -> Result<Ebpf, KernelError> {
     let (number, netns_cookie) = match purpose {
-        Purpose::HostWorkload { number, netns_cookie } => (number.0, netns_cookie),
+        Purpose::HostWorkload { number, netns_cookie, .. } => (number.0, netns_cookie),
         Purpose::Node | Purpose::SteerPod { .. } | Purpose::SteerHost { .. } => (WorkloadNumber::NONE.0, 0),
     };
     let host = u32::from(matches!(purpose, Purpose::SteerHost { .. }));
@@ -60,9 +61,15 @@ pub(super) fn instance(purpose: Purpose<'_>, mark: u32, shared_maps: &Path) -> R
     for map in names::SHARED_MAPS {
         loader.map_pin_path(map, shared_maps.join(map));
     }
-    if let Purpose::SteerPod { folder } | Purpose::SteerHost { folder } = purpose {
-        for map in names::STEER_MAPS {
-            loader.map_pin_path(map, folder.join(map));
+    match purpose {
+        Purpose::Node => {}
+        Purpose::HostWorkload { host, .. } => {
+            loader.map_pin_path(names::MAP_STEER_PORTS, host.join(names::MAP_STEER_PORTS));
+        }
+        Purpose::SteerPod { folder } | Purpose::SteerHost { folder } => {
+            for map in names::STEER_MAPS {
+                loader.map_pin_path(map, folder.join(map));
+            }
         }
     }
     loader.load(OBJECT).during(|| {

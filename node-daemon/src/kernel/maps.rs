@@ -1,7 +1,7 @@
 //! The single writer: typed access to every map, and what happens when one is full.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     os::fd::{AsRawFd as _, BorrowedFd},
     path::Path,
@@ -12,7 +12,7 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SockMap},
 };
 use ebpf_abi::{
-    Address, OwnAddressKey, Port, PortAction, SocketSlot, SteerMeta, WorkloadNumber, WorkloadValue, limits,
+    Address, OwnAddressKey, Port, PortRule, SocketSlot, SteerMeta, WorkloadNumber, WorkloadValue, limits,
     names, workload::WORKLOAD_CAPTURE,
 };
 use nix::errno::Errno;
@@ -107,7 +107,7 @@ impl Shared {
 pub(super) struct Steering {
     sockets: SockMap<MapData>,
     addresses: HashMap<MapData, Address, u8>,
-    ports: HashMap<MapData, Port, u32>,
+    ports: HashMap<MapData, Port, PortRule>,
 }
 
 impl Steering {
@@ -143,26 +143,44 @@ impl Steering {
         )
     }
 
-    /// Makes `ports` the ports of the namespace with this action: new ones first.
-    pub(super) fn set_ports(&mut self, ports: &BTreeSet<u16>, action: PortAction) -> Result<(), KernelError> {
-        replace(
-            &mut self.ports,
-            &ports.iter().map(|port| (*port, action as u32)).collect::<Vec<_>>(),
-            names::MAP_STEER_PORTS,
-            limits::STEER_PORTS_MAX,
+    /// Makes `ports` the ports of a pod at which connections are left alone: new ones first.
+    pub(super) fn set_exempt_ports(&mut self, ports: &BTreeSet<u16>) -> Result<(), KernelError> {
+        self.set_ports(&ports.iter().map(|port| (*port, PortRule::EXEMPT)).collect::<Vec<_>>())
+    }
+
+    /// Makes `ports`, each with its owner, the ports that the host's workloads serve: new ones first.
+    pub(super) fn set_inbound_ports(
+        &mut self,
+        ports: &BTreeMap<u16, WorkloadNumber>,
+    ) -> Result<(), KernelError> {
+        self.set_ports(
+            &ports.iter().map(|(port, owner)| (*port, PortRule::inbound(*owner))).collect::<Vec<_>>(),
         )
     }
 
-    /// Adds ports to those that are there.
-    pub(super) fn add_ports(&mut self, ports: &BTreeSet<u16>, action: PortAction) -> Result<(), KernelError> {
-        for port in ports {
+    /// Adds ports to those that are there. One that has another owner there has none until all of them are known: its
+    /// clients are judged.
+    pub(super) fn add_inbound_ports(
+        &mut self,
+        ports: &BTreeMap<u16, WorkloadNumber>,
+    ) -> Result<(), KernelError> {
+        for (port, owner) in ports {
+            let owner = match self.ports.get(port, 0) {
+                Ok(present) if present.owner != *owner => WorkloadNumber::NONE,
+                Ok(_) | Err(MapError::KeyNotFound) => *owner,
+                Err(error) => return Err(error).during(|| reading(names::MAP_STEER_PORTS)),
+            };
             within(
-                self.ports.insert(port, &(action as u32), 0),
+                self.ports.insert(port, &PortRule::inbound(owner), 0),
                 names::MAP_STEER_PORTS,
                 limits::STEER_PORTS_MAX,
             )?;
         }
         Ok(())
+    }
+
+    fn set_ports(&mut self, ports: &[(Port, PortRule)]) -> Result<(), KernelError> {
+        replace(&mut self.ports, ports, names::MAP_STEER_PORTS, limits::STEER_PORTS_MAX)
     }
 }
 

@@ -18,6 +18,7 @@
 //! kernel.release(WorkloadNumber)                                       // also for remembered numbers; implies uncapture
 //! kernel.exempt() -> Exempt        Exempt::mark(&self, BorrowedFd)     // before connect(), on each of the daemon's sockets
 //! kernel.origins() -> Origins      Origins::take(client, target) -> Option<WorkloadNumber>   // host listeners: who dialled?
+//!     // a host workload that dials itself, at loopback or another address of the host, is left alone and never asked for
 //! kernel.deliveries() -> Deliveries
 //!     Deliveries::is_own(number, client) -> Result<bool, _>              // then a plain socket delivers: no lo, no mark
 //!     Deliveries::announce(number, source, target) -> Result<Announced, _>  // host deliveries: after bind(), before connect();
@@ -52,7 +53,7 @@ use std::{
 };
 
 use ebpf_abi::{
-    DropReason, PortAction, Verdict, WorkloadNumber,
+    DropReason, Verdict, WorkloadNumber,
     names::{self, STATE_CGROUP, STATE_EPOCH},
 };
 
@@ -263,7 +264,7 @@ impl Kernel {
             });
         }
         workload.ports = ports.iter().copied().collect();
-        Steering::open(&workload.folder)?.set_ports(&workload.ports, PortAction::Exempt)
+        Steering::open(&workload.folder)?.set_exempt_ports(&workload.ports)
     }
 
     /// Changes the ports that a host workload serves.

@@ -193,13 +193,15 @@ fn now_nanos() -> Result<u64, KernelError> {
 
 #[cfg(test)]
 mod tests {
+    use ebpf_abi::OriginKind;
+
     use super::*;
 
     #[test]
     fn an_origin_is_believed_until_its_port_may_belong_to_another() {
         let origin = |closed_nanos| Origin {
             workload: WorkloadNumber(1),
-            captured: 1,
+            kind: OriginKind::Captured as u32,
             socket_cookie: 1,
             closed_nanos,
         };
