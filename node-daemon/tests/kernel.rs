@@ -320,8 +320,8 @@ fn a_host_workload_is_captured_and_steered_and_local_clients_are_told_apart() {
     }
     for dialled in [POD4, POD6] {
         let _client = unit.dial(&world.pod, dialled, 8080, None);
-        let (_, peer, local) = daemon.inbound.accept_one();
-        assert_eq!(origins.take(peer, local).expect("a map"), Some(number), "its own service: known");
+        application.accept_one();
+        daemon.inbound.nothing_waits();
         for device in [None, Some("eth0")] {
             let _client = other.dial(&world.pod, dialled, 8080, device);
             let (_, peer, local) = daemon.inbound.accept_one();
@@ -350,12 +350,170 @@ fn a_host_workload_is_captured_and_steered_and_local_clients_are_told_apart() {
         application.nothing_waits();
     }
 
-    let connects = other.dial(&world.pod, "127.0.0.1", 8080, None);
-    application.accept_one();
-    drop(connects);
     kernel.release(number).expect("the owner writes");
     let _client = world.peer.connect(POD4, 8080);
     application.accept_one();
+}
+
+/// Loopback addresses, and from which address they are dialled.
+const LOOPBACK: [(&str, &str); 3] = [("127.0.0.1", "127.0.0.1"), ("127.0.0.53", "127.0.0.1"), ("::1", "::1")];
+
+/// Two services of a host and a daemon. The first one listens at loopback only, with port 8080.
+struct Host {
+    unit: Cgroup,
+    neighbour: Cgroup,
+    number: WorkloadNumber,
+    neighbours_number: WorkloadNumber,
+    daemon: Listeners,
+    applications: Vec<Listener>,
+}
+
+impl Host {
+    fn enrol(world: &World, kernel: &mut Kernel) -> Self {
+        let (unit, neighbour) = (Cgroup::make("unit"), Cgroup::make("neighbour"));
+        let applications = LOOPBACK.iter().map(|(at, _)| world.pod.listen(at, 8080)).collect();
+        let daemon = Listeners::open(&world.pod);
+        world.pod.with_capture_routes();
+        let mut enrol = |key: &str, cgroup: &Cgroup, port| {
+            let kind = WorkloadKind::Host { cgroup: cgroup.path.clone(), ports: vec![port] };
+            let target = EnrolTarget { key: key.to_owned(), kind, ..world.target() };
+            let number = kernel.steer(&target, daemon.fds()).expect("steered");
+            kernel.capture(number).expect("captured");
+            number
+        };
+        let number = enrol("books_ledger", &unit, 8080);
+        let neighbours_number = enrol("books_clerk", &neighbour, 9200);
+        Self { unit, neighbour, number, neighbours_number, daemon, applications }
+    }
+}
+
+// T-27
+#[test]
+fn loopback_of_a_host_is_steered_and_local_clients_are_told_apart() {
+    let (world, mut kernel) = World::with_kernel();
+    let stranger = Cgroup::make("stranger");
+    let host = Host::enrol(&world, &mut kernel);
+    let Host { unit, neighbour, number, neighbours_number, daemon, applications } = &host;
+    let (unrelated, tunnel) = (world.pod.listen("::", 22), world.pod.listen("::", 15008));
+    let origins = kernel.origins();
+    for ((dialled, source), application) in LOOPBACK.into_iter().zip(applications) {
+        for (cgroup, whose) in [(&stranger, None), (neighbour, Some(*neighbours_number))] {
+            let _client = cgroup.dial(&world.pod, dialled, 8080, None);
+            let (_, peer, local) = daemon.inbound.accept_one();
+            assert_eq!((peer.ip(), local), (address(source), to(address(dialled), 8080)));
+            assert_eq!(origins.take(peer, local).expect("a map"), whose, "{dialled}");
+        }
+        application.nothing_waits();
+        // What talks to itself is itself, and nothing is kept of it.
+        let _client = unit.dial(&world.pod, dialled, 8080, None);
+        let (_, peer, local) = application.accept_one();
+        assert_eq!(origins.take(peer, local).expect("a map"), None);
+        // Other ports are nobody's, and no tunnel ends at loopback.
+        for cgroup in [&stranger, neighbour, unit] {
+            for (port, listener) in [(22, &unrelated), (15008, &tunnel)] {
+                let _client = cgroup.dial(&world.pod, dialled, port, None);
+                let (_, peer, local) = listener.accept_one();
+                assert_eq!(origins.take(peer, local).expect("a map"), None);
+            }
+        }
+    }
+    daemon.inbound.nothing_waits();
+    daemon.tunnel.nothing_waits();
+    daemon.outbound.nothing_waits();
+
+    // A second one declares the port, at another address: nobody knows whose it is at loopback.
+    kernel.inbound_ports(*neighbours_number, &[8080, 9200]).expect("the owner writes");
+    for (cgroup, whose) in [(unit, *number), (neighbour, *neighbours_number)] {
+        let _client = cgroup.dial(&world.pod, "127.0.0.1", 8080, None);
+        let (_, peer, local) = daemon.inbound.accept_one();
+        assert_eq!(origins.take(peer, local).expect("a map"), Some(whose));
+    }
+    kernel.inbound_ports(*neighbours_number, &[9200]).expect("the owner writes");
+    let _client = unit.dial(&world.pod, "127.0.0.1", 8080, None);
+    applications[0].accept_one();
+    kernel.inbound_ports(*number, &[]).expect("the owner writes");
+    let _client = stranger.dial(&world.pod, "127.0.0.1", 8080, None);
+    applications[0].accept_one();
+    assert_eq!(count(&kernel, "origin_failed"), 0);
+}
+
+// T-6, T-27
+#[test]
+fn a_delivery_to_loopback_arrives_and_never_comes_back() {
+    let (world, mut kernel) = World::with_kernel();
+    let host = Host::enrol(&world, &mut kernel);
+    let origins = kernel.origins();
+    for ((target, client), application) in LOOPBACK.into_iter().zip(&host.applications) {
+        let delivered = deliver(&world, &kernel, host.number, client, target, true);
+        let (_, peer, local) = application.accept_one();
+        assert_eq!((peer.ip(), local.ip()), (address(client), address(target)));
+        host.daemon.inbound.nothing_waits();
+        drop(delivered);
+        // What is not announced is a client like any other, and of nobody.
+        let _unannounced = deliver(&world, &kernel, host.number, client, target, false);
+        let (_, peer, local) = host.daemon.inbound.accept_one();
+        assert_eq!(origins.take(peer, local).expect("a map"), None);
+        application.nothing_waits();
+    }
+}
+
+// T-27
+#[test]
+fn a_service_that_listens_at_loopback_only_is_not_reached_from_outside() {
+    let (world, mut kernel) = World::with_kernel();
+    let host = Host::enrol(&world, &mut kernel);
+    for (client, target) in [(PEER4, POD4), (PEER6, POD6)] {
+        let _client = world.peer.connect(target, 8080);
+        let (_, _, local) = host.daemon.inbound.accept_one();
+        assert_eq!(local, to(address(target), 8080), "the daemon is asked for the address that was dialled");
+        // Where it delivers to, nothing listens.
+        let delivery = world.pod.socket(target);
+        kernel.exempt().mark(delivery.as_fd()).expect("a socket can be recorded");
+        delivery.bind(&SockAddr::from(to(address(target), 0))).expect("an own address");
+        let source = delivery.local_addr().expect("bound").as_socket().expect("an address");
+        let to_target = to(address(target), 8080);
+        let _announced = kernel.deliveries().announce(host.number, source, to_target).expect("there is room");
+        let refused = delivery.connect_timeout(&to_target.into(), PATIENCE).expect_err(client);
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    }
+    // A host may let packets for loopback in from outside, as kube-proxy asks for. They are the daemon's to refuse.
+    for place in [&world.pod, &world.peer] {
+        place.run(|| {
+            fs::write("/proc/sys/net/ipv4/conf/eth0/route_localnet", "1")
+                .expect("a sysctl of this namespace");
+            for device in ["all", "eth0"] {
+                let file = format!("/proc/sys/net/ipv4/conf/{device}/rp_filter");
+                fs::write(file, "0").expect("a sysctl of this namespace");
+            }
+        });
+    }
+    ip(&format!("-n {} address delete 127.0.0.1/8 dev lo", world.peer.name));
+    ip(&format!("-n {} route add 127.0.0.1/32 via {POD4}", world.peer.name));
+    let _client = world.peer.connect("127.0.0.1", 8080);
+    let (_, peer, local) = host.daemon.inbound.accept_one();
+    assert_eq!((peer.ip(), local.ip()), (address(PEER4), address("127.0.0.1")));
+    for application in &host.applications {
+        application.nothing_waits();
+    }
+}
+
+// T-23, T-27
+#[test]
+fn without_a_daemon_loopback_is_closed_to_others_and_open_to_the_service_itself() {
+    let (world, mut kernel) = World::with_kernel();
+    let Host { unit, neighbour: _neighbour, daemon, applications, .. } = Host::enrol(&world, &mut kernel);
+    {
+        let _no_fork_now = FORK.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(daemon);
+    }
+    for ((dialled, _), application) in LOOPBACK.into_iter().zip(&applications) {
+        let client = world.pod.socket(dialled);
+        let refused = client.connect_timeout(&SockAddr::from(to(address(dialled), 8080)), PATIENCE);
+        assert_eq!(refused.expect_err("closed").kind(), io::ErrorKind::ConnectionRefused);
+        let _client = unit.dial(&world.pod, dialled, 8080, None);
+        application.accept_one();
+    }
+    assert_eq!(count(&kernel, "no_inbound_listener"), 3);
 }
 
 #[test]
