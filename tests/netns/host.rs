@@ -1,7 +1,9 @@
 //! A service on a host: a process in a control group of its own and in the node's network namespace.
 
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
 use world::pod::{FAMILIES, Family, Plan};
-use world::protocol::{Connect, Mode};
+use world::protocol::{Connect, Listen, Mode};
 
 use crate::cases::Cases;
 use crate::photo::{ECHO, HTTP, NEEDLE, Photo};
@@ -10,11 +12,32 @@ use crate::policies::STRICT;
 /// The host service's own port.
 const LEDGER: u16 = 7000;
 
+/// Another port of it, at which it listens at loopback only.
+const VAULT: u16 = 7001;
+
+/// Nobody may reach the namespace of the service.
+const NOBODY: &str = "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: nobody, namespace: books}
+spec: {}
+";
+
+fn loopback(family: Family, port: u16) -> SocketAddr {
+    match family {
+        Family::V4 => (Ipv4Addr::LOCALHOST, port).into(),
+        Family::V6 => (Ipv6Addr::LOCALHOST, port).into(),
+    }
+}
+
 #[test]
 fn host() {
     let photo = Photo::prepare(&[("strict.yaml", STRICT)]);
-    let ledger = photo.world.host(&photo.b, Plan::new("books", "ledger").port("http", LEDGER));
+    let plan = Plan::new("books", "ledger").port("http", LEDGER).port("http-vault", VAULT);
+    let ledger = photo.world.host(&photo.b, plan);
     ledger.serve_http(LEDGER, "ledger");
+    for family in FAMILIES {
+        ledger.listen(Listen { text: "vault".to_owned(), ..Listen::at(loopback(family, VAULT), Mode::Http) });
+    }
     let neighbour = photo.world.host(&photo.b, Plan::new("books", "neighbour").outside());
     photo.world.start_ca();
     photo.world.start_daemons_of(&[&photo.a, &photo.b]);
@@ -55,6 +78,26 @@ fn host() {
             assert_eq!(asked.text, "", "an own address is no pass here: {asked:?}");
             watch.refused("inbound", "plaintext_refused", &[("destination.workload", "ledger")]);
         });
+        cases.case(
+            &format!("a process of another control group is refused at loopback (T-27, {family:?})"),
+            || {
+                for port in [LEDGER, VAULT] {
+                    let watch = photo.b.watch();
+                    let asked = neighbour.http(loopback(family, port));
+                    assert_eq!(asked.text, "", "loopback is no pass here: {asked:?}");
+                    watch.refused("inbound", "plaintext_refused", &[("destination.workload", "ledger")]);
+                }
+            },
+        );
+        cases.case(
+            &format!("what listens at loopback only is not reached from elsewhere (T-27, {family:?})"),
+            || {
+                let watch = photo.b.watch();
+                let asked = photo.frontend.http(ledger.at(family, VAULT));
+                assert_eq!(asked.text, "", "{asked:?}");
+                watch.line(&[("direction", "inbound"), ("reason", "nothing_listening")]);
+            },
+        );
         cases.case(&format!("a stranger's pod is refused ({family:?})"), || {
             let asked = photo.stranger.http(ledger.at(family, LEDGER));
             assert_eq!(asked.text, "", "{asked:?}");
@@ -87,5 +130,37 @@ fn host() {
             },
         );
     }
+    for family in FAMILIES {
+        cases.case(&format!("at loopback, too, it is judged as itself (T-27, {family:?})"), || {
+            for (port, text) in [(LEDGER, "ledger peer="), (VAULT, "vault peer=")] {
+                let watch = photo.b.watch();
+                let at = loopback(family, port);
+                let asked = clerk.http(at);
+                assert!(asked.text.contains(text), "{asked:?}");
+                assert!(asked.text.contains(&at.ip().to_string()), "the true client: {asked:?}");
+                let line = watch.served("inbound", &[("destination.workload", "ledger")]);
+                assert!(world::expect::is(&line, "source.identity", &clerk.identity()), "{line}");
+            }
+        });
+    }
+    cases.case("a service that talks to itself is left alone, whatever the policy (T-27)", || {
+        photo.apply("nobody.yaml", NOBODY);
+        for family in FAMILIES {
+            for at in [loopback(family, LEDGER), loopback(family, VAULT), ledger.at(family, LEDGER)] {
+                let watch = photo.b.watch();
+                let refused = clerk.http(at);
+                assert_eq!(refused.text, "", "{at}: {refused:?}");
+                watch.refused("inbound", "no_rule_allows", &[("destination.workload", "ledger")]);
+                let asked = ledger.http(at);
+                assert!(asked.text.contains(" peer="), "{at}: {asked:?}");
+                assert_eq!(
+                    watch.lines(&[("destination.workload", "ledger")]).len(),
+                    1,
+                    "the daemon is not asked"
+                );
+            }
+        }
+        photo.withdraw("nobody.yaml");
+    });
     cases.end();
 }
