@@ -26,7 +26,7 @@ pub const BACKOFF_FLOOR: Duration = Duration::from_millis(250);
 /// How much the pause may grow from one failure to the next.
 const BACKOFF_GROWTH: f64 = 3.0;
 
-/// After so many failures the pause is at its maximum whatever the seed.
+/// Failures that are counted: their steps are added up anew each time. After more, the pause stays as it was.
 const FAILURES_COUNTED_MAX: u32 = 64;
 
 /// The state of one certificate's renewal.
@@ -174,6 +174,18 @@ mod tests {
                 if rotation.failures == FAILURES_COUNTED_MAX {
                     break;
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn after_as_many_failures_as_are_counted_the_pause_stays() {
+        for seed in 0..100 {
+            let of = |failures| pause(&Rotation { failures, ..fresh(seed) }.failed(after(1700)));
+            let last = of(FAILURES_COUNTED_MAX - 1);
+            assert_ne!(of(FAILURES_COUNTED_MAX - 2), last, "{seed}: the last one counts");
+            for more in [FAILURES_COUNTED_MAX, FAILURES_COUNTED_MAX + 1, 100_000] {
+                assert_eq!(of(more), last, "{seed}");
             }
         }
     }

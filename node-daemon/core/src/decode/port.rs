@@ -4,7 +4,7 @@ use super::{InvalidObject, field::Field};
 use crate::workload::Protocol;
 
 /// Longest name of a port, in bytes (RFC 6335, 5.1).
-const PORT_NAME_BYTES_MAX: usize = 15;
+pub(super) const PORT_NAME_BYTES_MAX: usize = 15;
 
 /// Protocol of a port (policy H-8): `appProtocol` decides where it stands, else the name up to its first `-`.
 pub(super) fn protocol(app_protocol: Option<&str>, name: Option<&str>) -> Protocol {

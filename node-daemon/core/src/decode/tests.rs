@@ -110,6 +110,22 @@ fn names_are_exactly_as_long_as_kubernetes_allows() {
 }
 
 #[test]
+fn names_of_nodes_and_ports_are_exactly_as_long_as_allowed() {
+    let on = |node: &str| pod("web", "10.8.1.4", "").replace("node: node-a", &format!("node: {node}"));
+    let longest = "n".repeat(workload::NODE_BYTES_MAX);
+    assert_eq!(&*decoded(&on(&longest)).0.node, longest);
+    let longer = format!("{longest}n");
+    let refused = workload(&readable(&on(&longer)), &trust_domain()).expect_err("one byte more");
+    assert_eq!(refused.field, "spec.node");
+
+    let named = |name: &str| format!("[{{port: 80, name: {name}}}]");
+    let longest = "p".repeat(port::PORT_NAME_BYTES_MAX);
+    decoded_service(&service_yaml("web", "10.96.0.1", "web", &named(&longest)));
+    let longer = format!("{longest}p");
+    service_refused(&named(&longer), "spec.ports[0].name", &format!("\"{longer}\""));
+}
+
+#[test]
 fn unknown_kinds_pass_whatever_their_head() {
     for (yaml, title) in [
         (
@@ -150,8 +166,14 @@ fn null_inside_a_spec_stays() {
 
 #[test]
 fn long_values_are_cut_in_messages() {
-    let text = shown(&Value::from("x".repeat(10_000)));
-    assert_eq!(text.chars().count(), SHOWN_CHARACTERS_MAX + 3);
+    // Quotes are shown too.
+    let longest = "ä".repeat(SHOWN_CHARACTERS_MAX - 2);
+    assert_eq!(shown(&Value::from(longest.clone())), format!("\"{longest}\""));
+    for longer in [format!("{longest}x"), "x".repeat(10_000)] {
+        let text = shown(&Value::from(longer));
+        assert_eq!(text.chars().count(), SHOWN_CHARACTERS_MAX + 3);
+        assert!(text.ends_with("..."), "{text}");
+    }
 }
 
 #[test]

@@ -20,7 +20,7 @@ use crate::{
 const DEFAULT_SERVICE_ACCOUNT: &str = "default";
 
 /// Longest name of a node, in bytes: it stands in a certificate of the node.
-const NODE_BYTES_MAX: usize = 253;
+pub(super) const NODE_BYTES_MAX: usize = 253;
 
 /// A workload whose enrolment may still depend on its namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -366,9 +366,17 @@ fn a_refused_object_says_what_is_denied_in_its_place() {
 
 #[test]
 fn many_problems_are_counted() {
-    let subjects = vec!["{user: x}"; 20].join(", ");
-    let object = format!(
-        "ServiceRoleBinding photo/b: {{subjects: [{subjects}], roleRef: {{kind: ServiceRole, name: r}}}}"
-    );
-    told(&object, "ServiceRoleBinding photo/b", Some("spec.subjects[0].user"), "; and 13 more", "");
+    let binding = |subjects: usize| {
+        let subjects = vec!["{user: x}"; subjects].join(", ");
+        format!(
+            "ServiceRoleBinding photo/b: {{subjects: [{subjects}], roleRef: {{kind: ServiceRole, name: r}}}}"
+        )
+    };
+    // One for each subject, and the role that does not exist.
+    for (subjects, last) in [(7, "; spec.roleRef"), (8, "; and 1 more"), (20, "; and 13 more")] {
+        let object = binding(subjects);
+        told(&object, "ServiceRoleBinding photo/b", Some("spec.subjects[0].user"), last, "");
+    }
+    let eight = status_of(&binding(7), "ServiceRoleBinding photo/b").problem.expect("a problem");
+    assert!(eight.matches("; ").count() >= 7 && !eight.contains(" more"), "{eight}");
 }
