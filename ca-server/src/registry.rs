@@ -25,6 +25,19 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// parse.
 const FILE_BYTES_MAX: u64 = 8 * 1024 * 1024;
 
+/// Documents of one file: as many of 256 bytes as [`FILE_BYTES_MAX`] holds. Of more the file is refused like one that does
+/// not parse.
+const DOCUMENTS_MAX: usize = 32_768;
+
+/// Scalars, lists and maps of one file: thirty for each of so many documents. Of more the file is refused.
+const NODES_MAX: usize = 1_000_000;
+
+/// Nodes that aliases of one file may stand for, beyond what is written. Of more the file is refused.
+const ALIASED_NODES_MAX: usize = 100_000;
+
+/// How deep lists and maps of one file nest; ten levels are what objects have. A deeper file is refused.
+const DEPTH_MAX: usize = 64;
+
 /// Most files that are read: ten for each of a thousand nodes. Of more, the first by name are read, so that the same ones
 /// stay in force from one reading to the next; how many are ignored is logged and stands in the status.
 const FILES_MAX: usize = 10_000;
@@ -288,8 +301,24 @@ struct Kind {
 
 /// Every workload of a stream of documents.
 fn workloads(text: &str) -> Result<Vec<Workload>, String> {
+    workloads_within(text, NODES_MAX)
+}
+
+fn workloads_within(text: &str, nodes_max: usize) -> Result<Vec<Workload>, String> {
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_documents: DOCUMENTS_MAX,
+            max_nodes: nodes_max,
+            // Each node is an event, and each list, map and document ends with one more.
+            max_events: nodes_max.saturating_mul(3),
+            max_depth: DEPTH_MAX,
+            // The limit of what aliases stand for says more than their number.
+            enforce_alias_anchor_ratio: false,
+        },
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: ALIASED_NODES_MAX },
+    };
     let documents: Vec<serde_json::Value> =
-        serde_saphyr::from_multiple(text).map_err(|error| error.to_string())?;
+        serde_saphyr::from_multiple_with_options(text, options).map_err(|error| error.to_string())?;
     let mut found = Vec::new();
     for (index, document) in documents.iter().enumerate() {
         // A document that is not even an object with a kind says nothing to anyone; the nodes complain about it.
@@ -398,6 +427,37 @@ mod tests {
         files.read().expect("readable");
         assert!(runs(&files, "cart") && !runs(&files, "till") && files.view().problems.is_empty());
         assert!(!files.view().assignments.knows_node("node-b"));
+    }
+
+    #[test]
+    fn the_limits_of_a_files_contents_are_exact() {
+        let documents = |count| "---\na: 1\n".repeat(count);
+        // The list itself is one.
+        let nodes = |count| format!("- {}x", "x\n- ".repeat(count - 2));
+        let depth = |levels| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+        // A list of 98 is a hundred nodes: its beginning and its end count too.
+        let aliases = |count| {
+            format!("base: &base [{}]\nlist: [{}]\n", ["x"; 98].join(", "), vec!["*base"; count].join(", "))
+        };
+        for (what, within, beyond) in [
+            ("documents", documents(DOCUMENTS_MAX), documents(DOCUMENTS_MAX + 1)),
+            ("depth", depth(DEPTH_MAX), depth(DEPTH_MAX + 1)),
+            ("alias", aliases(ALIASED_NODES_MAX / 100), aliases(ALIASED_NODES_MAX / 100 + 1)),
+        ] {
+            assert!(within.len() as u64 <= FILE_BYTES_MAX, "{what}: the file itself is within its limit");
+            assert_eq!(names(&within), [], "{what}");
+            let refused = workloads(&beyond).expect_err("above the limit");
+            assert!(refused.contains(what), "{what}: {refused}");
+        }
+        workloads_within(&nodes(1_000), 1_000).expect("at the limit");
+        let refused = workloads_within(&nodes(1_001), 1_000).expect_err("above the limit");
+        assert!(refused.contains("nodes"), "{refused}");
+    }
+
+    #[test]
+    fn a_file_of_as_many_workloads_as_are_reckoned_with_is_read() {
+        let text = format!("{GOOD}---\n").repeat(20_000);
+        assert_eq!(names(&text).len(), 20_000);
     }
 
     #[test]

@@ -143,9 +143,8 @@ impl Daemon {
         let certs = Arc::new(certs::start(authority_config(config)?, wanted, events.clone()));
         if place.is_successor() {
             // The predecessor serves on while the first certificates are fetched. Late ones are waited for as ever.
-            let _ =
-                timeout(CERTIFICATES_TIME, first_certificates(&certs, &control.snapshots.borrow().clone()))
-                    .await;
+            let snapshot = control.snapshots.borrow().clone();
+            first_certificates(certs.store(), &snapshot).await;
         }
         let kernel = spawn_blocking(move || Kernel::start(&kernel_config)).await??;
         place.become_owner().await?;
@@ -362,15 +361,19 @@ fn wanted(mut snapshots: watch::Receiver<Arc<Snapshot>>) -> watch::Receiver<Want
     receiver
 }
 
-/// Waits until every enrolled workload of this node has a certificate.
-async fn first_certificates(certs: &certs::Handle, snapshot: &Snapshot) {
-    let mut changes = certs.store().changes();
+/// Waits until every enrolled workload of this node has a certificate, or for [`CERTIFICATES_TIME`].
+async fn first_certificates(store: &certs::Store, snapshot: &Snapshot) {
+    let mut changes = store.changes();
     let identities: BTreeSet<_> = snapshot.local().map(|workload| &workload.identity).collect();
-    while identities.iter().any(|identity| certs.store().credentials(identity).is_none()) {
-        if changes.changed().await.is_err() {
-            return;
+    let all_there = async {
+        while identities.iter().any(|identity| store.credentials(identity).is_none()) {
+            if changes.changed().await.is_err() {
+                return;
+            }
         }
-    }
+    };
+    // Late ones are waited for as ever, by the connections that need them.
+    let _ = timeout(CERTIFICATES_TIME, all_there).await;
 }
 
 fn control_config(config: &Config) -> ControlConfig {
@@ -440,5 +443,67 @@ async fn tell_lost_lines(lines: Lines, events: Sink) {
         if lines.lost() > 0 {
             events.emit(&Event::LimitReached { limit: LINES_LIMIT, workload: None });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use node_core::store::{Store, Update};
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::{
+        certs::testing::{Ca, identity},
+        control::file,
+        telemetry::log::LINES_WAITING_MAX,
+    };
+
+    const WORKLOAD: &str = "\
+apiVersion: culvert.io/v1alpha1
+kind: Workload
+metadata: {name: web-0, namespace: photo, labels: {culvert.io/mesh: enabled}}
+spec: {serviceAccount: web, node: node-a, addresses: [10.8.1.4], networkNamespace: /run/netns/web}
+";
+
+    #[tokio::test(start_paused = true)]
+    async fn a_successor_waits_for_certificates_only_so_long() {
+        let mut documents = Store::new("node-a", "cluster.local".parse().unwrap());
+        documents.apply(Update::replace("/etc/culvert/mesh.d/a.yaml", file::parse(WORKLOAD).unwrap()));
+        let snapshot = documents.snapshot();
+        assert_eq!(snapshot.local().map(|web| web.identity.clone()).collect::<Vec<_>>(), [identity("web")]);
+        let ours = Ca::new("ours");
+        let before = Instant::now();
+        first_certificates(&ours.store(&["web"]), &snapshot).await;
+        assert_eq!(before.elapsed(), Duration::ZERO, "it is there");
+        first_certificates(&ours.store(&["frontend"]), &snapshot).await;
+        assert_eq!(before.elapsed(), CERTIFICATES_TIME, "another's is no help");
+    }
+
+    #[tokio::test]
+    async fn lines_that_were_left_out_are_told_once_a_second() {
+        let (_reader, writer) = io::pipe().unwrap();
+        let (mut lines, end) = Lines::start(writer).unwrap();
+        let events = Sink::new();
+        tokio::time::pause();
+        let telling = tokio::spawn(tell_lost_lines(lines.clone(), events.clone()));
+        // Nobody reads: the pipe takes 64 KiB, then the queue fills.
+        for _ in 0..LINES_WAITING_MAX + 1_000 {
+            lines.write_all(&[b'x'; 1024]).unwrap();
+        }
+        let told = || {
+            let text = events.metrics().text().unwrap();
+            let line = text.lines().find(|line| line.contains(r#"culvert_limits_total{limit="log_lines"}"#));
+            line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok())
+        };
+        for seconds in 1..=3 {
+            sleep(LOST_LINES_LOOK + Duration::from_millis(1)).await;
+            assert_eq!(told(), Some(seconds));
+            lines.write_all(b"x").unwrap();
+        }
+        telling.abort();
+        drop(_reader);
+        drop(end);
     }
 }

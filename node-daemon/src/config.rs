@@ -607,8 +607,40 @@ mod tests {
         refused(&tail("log: {level: inof}"), "log.level: found \"inof\"", "level");
         refused(&tail("log: {level: 'info,'}"), "log.level: ", "level");
         refused(&tail("workers: 0"), "workers: found 0", "1 to 256");
+        refused(&tail("workers: 257"), "workers: found 257", "1 to 256");
+        refused(&tail("drainSeconds: 3601"), "drainSeconds: found 3601", "0 to 3600");
         refused("- node\n", "the file: ", "map");
         refused("", "node: found nothing", "add node");
+    }
+
+    #[test]
+    fn the_limits_of_numbers_and_names_are_exact() {
+        for seconds in [0, HOLD_SECONDS_MAX] {
+            let hold = accepted(&format!("{LEAST}holdSeconds: {{certificate: {seconds}}}\n")).hold;
+            assert_eq!(hold.certificate, Duration::from_secs(seconds));
+        }
+        let drain = accepted(&format!("{LEAST}drainSeconds: {DRAIN_SECONDS_MAX}\n")).drain;
+        assert_eq!(drain, Duration::from_secs(DRAIN_SECONDS_MAX));
+        for workers in [1, WORKERS_MAX] {
+            accepted(&format!("{LEAST}workers: {workers}\n"));
+        }
+        let named = |name: &str| format!("node: {name}\nca: {{address: '10.9.0.1:15012'}}\n");
+        let longest = "n".repeat(NODE_NAME_BYTES_MAX);
+        assert_eq!(accepted(&named(&longest)).node, longest);
+        refused(&named(&format!("{longest}n")), "node: ", "a-z");
+    }
+
+    #[test]
+    fn a_file_is_read_up_to_the_limit() {
+        let path = std::env::temp_dir().join(format!("culvert-config-{}.yaml", std::process::id()));
+        let of_length = |bytes: u64| {
+            fs::write(&path, "#".repeat(usize::try_from(bytes).unwrap())).unwrap();
+            read_file(&path).map(|text| text.len() as u64)
+        };
+        let (within, above) = (of_length(FILE_BYTES_MAX), of_length(FILE_BYTES_MAX + 1));
+        fs::remove_file(&path).unwrap();
+        assert_eq!(within.unwrap(), FILE_BYTES_MAX);
+        assert!(above.unwrap_err().to_string().contains("65537 bytes are more than 65536"));
     }
 
     #[test]

@@ -225,6 +225,18 @@ mod tests {
         let (_base, root) = Base::new("hangs");
         let _first = Place::enter(&root).unwrap();
         let mut second = Place::enter(&root).unwrap();
+        let before = Instant::now();
         assert!(matches!(second.become_owner().await, Err(PlaceError::Stuck)));
+        assert_eq!(before.elapsed().as_secs(), OWNER_TIME.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_successor_that_never_settles_is_not_waited_for_without_end() {
+        let (_base, root) = Base::new("unsettled");
+        let mut first = Place::enter(&root).unwrap();
+        let _second = Place::enter(&root).unwrap();
+        let before = Instant::now();
+        first.give_way().await.unwrap();
+        assert_eq!(before.elapsed().as_secs(), STEERED_TIME.as_secs());
     }
 }

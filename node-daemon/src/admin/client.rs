@@ -15,7 +15,7 @@ use tokio::{net::UnixStream, time::timeout};
 /// Time for an answer: a daemon that takes longer hangs.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 
-/// Largest answer, in bytes: a dump of 10,000 connections and 10,000 workloads.
+/// Largest answer, in bytes: a dump of 10,000 connections and 10,000 workloads. A larger one is not used.
 const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// Why there is no answer.
@@ -37,14 +37,18 @@ pub enum AskError {
 /// Says whether nobody listens, nobody answers, or the answer is unusable.
 pub async fn ask(socket: &Path, page: &str) -> Result<String, AskError> {
     let stream = UnixStream::connect(socket).await.map_err(|source| unconnected(socket, source))?;
-    match timeout(ANSWER_TIME, converse(stream, page)).await {
+    match timeout(ANSWER_TIME, converse(stream, page, ANSWER_BYTES_MAX)).await {
         Ok(Ok(text)) => Ok(text),
         Ok(Err(problem)) => Err(AskError::Answer { path: socket.to_owned(), problem }),
         Err(_) => Err(AskError::Silent { path: socket.to_owned() }),
     }
 }
 
-async fn converse(stream: UnixStream, page: &str) -> Result<String, String> {
+pub(super) async fn converse(
+    stream: UnixStream,
+    page: &str,
+    answer_bytes_max: usize,
+) -> Result<String, String> {
     let (mut sender, connection) =
         http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
     let driver = tokio::spawn(connection);
@@ -52,7 +56,7 @@ async fn converse(stream: UnixStream, page: &str) -> Result<String, String> {
     let request = request.map_err(|error| error.to_string())?;
     let answer = sender.send_request(request).await.map_err(|error| error.to_string())?;
     let status = answer.status();
-    let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
+    let body = Limited::new(answer.into_body(), answer_bytes_max).collect().await;
     driver.abort();
     let body = body.map_err(|error| error.to_string())?.to_bytes();
     let text = String::from_utf8(body.to_vec()).map_err(|error| error.to_string())?;

@@ -8,8 +8,8 @@ use serde_json::Value;
 /// Connections in one answer: some 5 MB. The rest is only counted.
 pub const CONNECTIONS_SHOWN_MAX: usize = 10_000;
 
-/// Connections in the table for people.
-const CONNECTIONS_IN_TABLE_MAX: usize = 20;
+/// Connections in the table for people. The rest is only counted.
+pub(super) const CONNECTIONS_IN_TABLE_MAX: usize = 20;
 
 /// Everything about a node that is no secret.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

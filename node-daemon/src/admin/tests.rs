@@ -27,7 +27,7 @@ use super::{
     client::{self, AskError},
     dump, metrics, ready,
     serve::{Answer, CONNECTIONS_MAX, Listener, Page, serve},
-    status::Status,
+    status::{CONNECTIONS_IN_TABLE_MAX, CONNECTIONS_SHOWN_MAX, Status},
 };
 use crate::{
     certs::CertificateView,
@@ -338,6 +338,82 @@ async fn a_client_that_does_not_finish_its_head_is_closed() {
     // Either way of closing is an end.
     let _ = slow.read_to_string(&mut text).await;
     assert!(!text.contains("here"), "{text}");
+}
+
+#[tokio::test]
+async fn a_head_is_read_up_to_its_limit() {
+    let address = tcp_page(&Sink::new()).await;
+    for (padding, is_answered) in [(15 * 1024, true), (16 * 1024, false)] {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let head = format!("GET / HTTP/1.1\r\nconnection: close\r\nx: {}\r\n\r\n", "x".repeat(padding));
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut text = String::new();
+        // What was not read of the head resets the connection.
+        let _ = stream.read_to_string(&mut text).await;
+        assert_eq!(text.contains("here"), is_answered, "{padding} bytes: {text}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_never_ends_is_closed_after_a_minute() {
+    let address = tcp_page(&Sink::new()).await;
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    let before = tokio::time::Instant::now();
+    let mut last = Duration::ZERO;
+    while ask(&mut stream).await.contains("here") {
+        last = before.elapsed();
+        tokio::time::sleep(Duration::from_secs(4)).await;
+    }
+    assert!((55..=60).contains(&last.as_secs()), "{last:?}");
+}
+
+#[tokio::test]
+async fn whoever_asks_does_not_wait_without_end_for_a_daemon_that_hangs() {
+    let node = Node::new();
+    let _hangs = UnixListener::bind(node.socket()).unwrap();
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    let silent = client::ask(&node.socket(), "/status").await.unwrap_err();
+    assert!(matches!(silent, AskError::Silent { .. }), "{silent}");
+    assert_eq!(before.elapsed().as_secs(), 10);
+}
+
+#[tokio::test]
+async fn an_answer_is_taken_up_to_its_limit() {
+    let node = Node::new();
+    node.serve(Arc::new(|_| Some(Answer::text(200, "x".repeat(1_000)))));
+    for (bytes_max, is_taken) in [(1_000, true), (999, false)] {
+        let stream = UnixStream::connect(node.socket()).await.unwrap();
+        let answer = client::converse(stream, "/", bytes_max).await;
+        assert_eq!(answer.is_ok(), is_taken, "{answer:?}");
+    }
+}
+
+#[test]
+fn connections_beyond_the_limits_are_counted_and_not_shown() {
+    let mut node = Node::new();
+    for (count, shown, more_in_table) in [
+        (CONNECTIONS_IN_TABLE_MAX, CONNECTIONS_IN_TABLE_MAX, None),
+        (CONNECTIONS_IN_TABLE_MAX + 1, CONNECTIONS_IN_TABLE_MAX + 1, Some(1)),
+        (
+            CONNECTIONS_SHOWN_MAX,
+            CONNECTIONS_SHOWN_MAX,
+            Some(CONNECTIONS_SHOWN_MAX - CONNECTIONS_IN_TABLE_MAX),
+        ),
+        (
+            CONNECTIONS_SHOWN_MAX + 5,
+            CONNECTIONS_SHOWN_MAX,
+            Some(CONNECTIONS_SHOWN_MAX + 5 - CONNECTIONS_IN_TABLE_MAX),
+        ),
+    ] {
+        node.views.connections = Arc::new(move || vec![connection(); count]);
+        let status = dump::status(&node.views);
+        assert_eq!((status.connections.len(), status.connections_total), (shown, count));
+        let table = status.to_string();
+        let told = table.lines().find_map(|line| line.strip_prefix("... and "));
+        assert_eq!(told.map(str::to_owned), more_in_table.map(|more| format!("{more} more")));
+    }
 }
 
 /// Sends a request on a connection that stays open, and reads what comes; empty if it was closed.

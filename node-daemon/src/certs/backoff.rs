@@ -25,3 +25,24 @@ impl Backoff {
         Duration::from_secs_f64(self.last)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_grow_from_a_second_to_a_minute_and_no_further() {
+        let mut longest = Duration::ZERO;
+        for _ in 0..50 {
+            let mut backoff = Backoff::new();
+            let first = backoff.next();
+            assert!((1.0..=3.0).contains(&first.as_secs_f64()), "{first:?}");
+            for _ in 0..50 {
+                let wait = backoff.next();
+                assert!((WAIT_SECONDS_MIN..=WAIT_SECONDS_MAX).contains(&wait.as_secs_f64()), "{wait:?}");
+                longest = longest.max(wait);
+            }
+        }
+        assert!(longest > Duration::from_secs(40), "{longest:?}");
+    }
+}

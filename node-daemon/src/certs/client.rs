@@ -15,6 +15,7 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use ca_proto::{
+    MESSAGE_BYTES_MAX,
     ca::{JoinRequest, RenewRequest, WatchRequest, node_agent_client::NodeAgentClient},
     convert::{CreateCertificate, InvalidMessage, Issued, IssuedToNode, Watched, certificate_pem},
     istio::istio_certificate_service_client::IstioCertificateServiceClient,
@@ -54,8 +55,13 @@ const ANSWER_SECONDS: u64 = 10;
 /// A watched stream is given up after as many heartbeats without one.
 const HEARTBEATS_MISSED_MAX: u32 = 3;
 
-/// Versions of the bundle that wait to be acknowledged: the authority sends the next after an answer.
+/// Versions of the bundle that wait to be acknowledged: the authority takes each at once. At the limit they wait, and as
+/// long as for a heartbeat; then the stream is given up.
 const ACKS_QUEUED_MAX: usize = 4;
+
+/// Longest silence on a watched stream.
+const SILENCE: Duration =
+    Duration::from_secs(ca_proto::WATCH_HEARTBEAT_SECONDS * HEARTBEATS_MISSED_MAX as u64);
 
 /// Where the authority is, and who this node is.
 #[derive(Clone, Debug)]
@@ -250,7 +256,7 @@ impl Client {
             node: self.config.node.to_string(),
             csr: key.request(&self.config.node.to_string())?.der,
         };
-        let answer = ask(NodeAgentClient::new(channel).join(request)).await?;
+        let answer = ask(node_agent(channel).join(request)).await?;
         let IssuedToNode { issued, .. } = answer.try_into()?;
         if !issued.roots.iter().any(|root| pin.matches(root)) {
             return Err(AuthorityFailed::BadAnswer(
@@ -284,7 +290,7 @@ impl Client {
     async fn renew(&self, session: &Session) -> Result<(), AuthorityFailed> {
         let key = PrivateKey::generate()?;
         let request = RenewRequest { csr: key.request(&self.config.node.to_string())?.der };
-        let answer = ask(NodeAgentClient::new(session.channel.clone()).renew(request)).await?;
+        let answer = ask(node_agent(session.channel.clone()).renew(request)).await?;
         let IssuedToNode { issued, .. } = answer.try_into()?;
         self.keep(&key, &issued)?;
         self.install(&key, issued.chain)
@@ -390,21 +396,16 @@ impl Client {
         let acked = |version| WatchRequest { acked_version: version };
         acks.try_send(acked(0))
             .map_err(|_| AuthorityFailed::Unreachable("the stream is closed".to_owned()))?;
-        let mut client = NodeAgentClient::new(session.channel.clone());
+        let mut client = node_agent(session.channel.clone());
         let mut stream = ask(client.watch(ReceiverStream::new(queue))).await?;
-        let silence = Duration::from_secs(ca_proto::WATCH_HEARTBEAT_SECONDS) * HEARTBEATS_MISSED_MAX;
         let mut received = 0;
         loop {
-            let message = timeout(silence, stream.message())
-                .await
-                .map_err(|_| AuthorityFailed::Unreachable(format!("silent for {} s", silence.as_secs())))?
-                .map_err(|status| failure(&status))?;
-            let Some(message) = message else { return Ok(received) };
+            let Some(message) = within_silence(stream.message()).await? else { return Ok(received) };
             received += 1;
             if let Watched::Bundle { version, roots } = message.try_into()? {
                 self.trust(&roots)?;
                 self.write(BUNDLE_FILE, bundle_pem(&roots).as_bytes())?;
-                if acks.send(acked(version)).await.is_err() {
+                if !acknowledge(&acks, acked(version)).await? {
                     return Ok(received);
                 }
             }
@@ -479,6 +480,31 @@ async fn connect(
     }
 }
 
+fn node_agent(channel: Channel) -> NodeAgentClient<Channel> {
+    NodeAgentClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX)
+}
+
+/// The next message of a watched stream; `None` at its end.
+async fn within_silence<T>(
+    message: impl Future<Output = Result<Option<T>, tonic::Status>>,
+) -> Result<Option<T>, AuthorityFailed> {
+    match timeout(SILENCE, message).await {
+        Ok(message) => message.map_err(|status| failure(&status)),
+        Err(_) => Err(AuthorityFailed::Unreachable(format!("silent for {} s", SILENCE.as_secs()))),
+    }
+}
+
+/// Tells the authority what was put to use; false where the stream has ended.
+async fn acknowledge(acks: &mpsc::Sender<WatchRequest>, ack: WatchRequest) -> Result<bool, AuthorityFailed> {
+    match timeout(SILENCE, acks.send(ack)).await {
+        Ok(sent) => Ok(sent.is_ok()),
+        Err(_) => {
+            let problem = format!("it takes no acknowledgement for {} s", SILENCE.as_secs());
+            Err(AuthorityFailed::Unreachable(problem))
+        }
+    }
+}
+
 async fn ask<T>(
     call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, AuthorityFailed> {
@@ -539,7 +565,8 @@ impl Authority for Client {
             return Err(AuthorityFailed::Unreachable("this node has not joined yet".to_owned()));
         };
         let request = CreateCertificate::request(identity, request.pem, None);
-        let mut client = IstioCertificateServiceClient::new(session.channel.clone());
+        let mut client = IstioCertificateServiceClient::new(session.channel.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX);
         let issued: Issued = ask(client.create_certificate(request)).await?.try_into()?;
         Ok(issued.chain)
     }
@@ -548,5 +575,139 @@ impl Authority for Client {
 impl fmt::Debug for Client {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Client").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ca_proto::ca::{
+        JoinResponse, NodeCertificate, RenewResponse, WatchResponse,
+        node_agent_server::{NodeAgent, NodeAgentServer},
+    };
+    use tokio::{net::TcpListener, time::Instant};
+    use tokio_stream::StreamExt as _;
+    use tonic::{Request as Call, Response, Status, Streaming};
+
+    use super::*;
+    use crate::certs::testing::own_domain;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_has_its_time_and_no_more() {
+        let answer = |seconds| async move {
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+            Ok(Response::new(seconds))
+        };
+        assert_eq!(ask(answer(ANSWER_SECONDS - 1)).await.expect("in time"), ANSWER_SECONDS - 1);
+        let before = Instant::now();
+        let late = ask(answer(ANSWER_SECONDS + 1)).await.expect_err("too late");
+        assert!(matches!(late, AuthorityFailed::Unreachable(_)), "{late}");
+        assert_eq!(before.elapsed().as_secs(), ANSWER_SECONDS);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_is_given_up_after_three_heartbeats_without_one() {
+        let message = |seconds| async move {
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+            Ok(Some(seconds))
+        };
+        assert_eq!(within_silence(message(14)).await.expect("in time"), Some(14));
+        let before = Instant::now();
+        let silent = within_silence(message(16)).await.expect_err("silent");
+        assert!(silent.to_string().contains("silent for 15 s"), "{silent}");
+        assert_eq!(before.elapsed(), SILENCE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn acknowledgements_that_nobody_takes_wait_and_then_the_stream_is_given_up() {
+        let (acks, mut queue) = mpsc::channel(ACKS_QUEUED_MAX);
+        let ack = |version| WatchRequest { acked_version: version };
+        for version in 0..4 {
+            assert!(acknowledge(&acks, ack(version)).await.expect("there is room"));
+        }
+        let before = Instant::now();
+        let stuck = acknowledge(&acks, ack(4)).await.expect_err("no room");
+        assert!(matches!(stuck, AuthorityFailed::Unreachable(_)), "{stuck}");
+        assert_eq!(before.elapsed(), SILENCE);
+        assert_eq!(queue.recv().await, Some(ack(0)));
+        assert!(acknowledge(&acks, ack(5)).await.expect("there is room again"));
+        drop(queue);
+        assert!(!acknowledge(&acks, ack(6)).await.expect("the end of a stream is no fault"));
+    }
+
+    #[tokio::test]
+    async fn an_authority_that_never_shakes_hands_is_given_up_in_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let address = listener.local_addr().expect("bound");
+        let config = AuthorityConfig {
+            address,
+            trust_domain: own_domain(),
+            node: NodeId::new(own_domain(), "node-a").expect("a name"),
+            join_token: PathBuf::new(),
+            state: PathBuf::new(),
+        };
+        let store = Arc::new(Store::new(own_domain()));
+        let client = Client::new(config, Arc::clone(&store), Sink::new());
+        let tls =
+            client.tls(AuthorityTrust::Bundle(Arc::clone(store.trust())), None).expect("a configuration");
+        tokio::time::pause();
+        let before = Instant::now();
+        let error = connect(address, tls).await.map(drop).expect_err("nobody shakes hands");
+        assert_eq!((error.kind(), before.elapsed().as_secs()), (io::ErrorKind::TimedOut, CONNECT_SECONDS));
+    }
+
+    /// Answers each renewal with a certificate of this many bytes.
+    struct Talkative(usize);
+
+    #[tonic::async_trait]
+    impl NodeAgent for Talkative {
+        async fn join(&self, _: Call<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+
+        async fn renew(&self, _: Call<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
+            let certificate =
+                NodeCertificate { chain: vec![vec![7; self.0]], bundle: Vec::new(), bundle_version: 0 };
+            Ok(Response::new(RenewResponse { certificate: Some(certificate) }))
+        }
+
+        type WatchStream = tokio_stream::Pending<Result<WatchResponse, Status>>;
+
+        async fn watch(
+            &self,
+            _: Call<Streaming<WatchRequest>>,
+        ) -> Result<Response<Self::WatchStream>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+    }
+
+    async fn renewed(certificate_bytes: usize) -> Result<RenewResponse, AuthorityFailed> {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let incoming = tokio_stream::once(Ok::<_, io::Error>(far)).chain(tokio_stream::pending());
+        let server = tonic::transport::Server::builder()
+            .add_service(NodeAgentServer::new(Talkative(certificate_bytes)))
+            .serve_with_incoming(incoming);
+        let server = tokio::spawn(server);
+        let mut near = Some(near);
+        let connect = service_fn(move |_: Uri| {
+            let near = near.take().ok_or_else(|| io::Error::other("connected already"));
+            async move { near.map(TokioIo::new) }
+        });
+        let channel = Endpoint::from_static("http://authority")
+            .connect_with_connector(connect)
+            .await
+            .expect("connects");
+        let answer = ask(node_agent(channel).renew(RenewRequest { csr: vec![1] })).await;
+        server.abort();
+        answer
+    }
+
+    #[tokio::test]
+    async fn the_limit_of_an_answer_is_exact() {
+        // Each of the two messages around the bytes has a field's number and three bytes of length.
+        let largest = MESSAGE_BYTES_MAX - 8;
+        let answer = renewed(largest).await.expect("at the limit");
+        assert_eq!(answer.certificate.map(|certificate| certificate.chain[0].len()), Some(largest));
+        let refused = renewed(largest + 1).await.expect_err("above the limit");
+        assert!(refused.to_string().contains("OutOfRange"), "{refused}");
     }
 }

@@ -5,7 +5,10 @@ use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, pki
 
 use super::{
     testing::{Ca, Shape, identity, own_domain},
-    verify::{AuthorityServer, AuthorityTrust, PeerRefused, Pin, Trust},
+    verify::{
+        AuthorityServer, AuthorityTrust, CLOCK_AHEAD_SECONDS_MAX, NAMES_LISTED_MAX, PeerRefused, Pin, Trust,
+        some_of,
+    },
 };
 use crate::telemetry::HandshakeRefusal;
 
@@ -137,10 +140,17 @@ fn an_ended_certificate_is_told_with_both_clocks() {
 fn a_peer_whose_clock_is_a_little_ahead_is_served() {
     let ours = Ca::new("ours");
     let trust = ours.trust();
-    let ahead = shape(|shape| shape.begins = 100);
-    let (client, server) = ours.configs(&ahead, &trust, &[identity("backend")]);
-    let shaken = shake(client, server);
-    assert_eq!((shaken.client, shaken.server), (Ok(()), Ok(())));
+    let limit = CLOCK_AHEAD_SECONDS_MAX.cast_signed();
+    let shaken = |begins| {
+        let (client, server) =
+            ours.configs(&shape(|shape| shape.begins = begins), &trust, &[identity("backend")]);
+        shake(client, server)
+    };
+    let within = shaken(limit);
+    assert_eq!((within.client, within.server), (Ok(()), Ok(())));
+    // The clock goes on while this test runs, towards the beginning.
+    let beyond = refused(shaken(limit + 60).client);
+    assert!(matches!(beyond, Some(PeerRefused::NotYetValid { .. })), "{beyond:?}");
 }
 
 #[test]
@@ -160,6 +170,18 @@ fn a_server_that_may_not_run_the_service_never_sees_the_clients_certificate() {
         );
         assert!(!shaken.server_saw_certificate);
         assert!(shaken.server.is_err(), "the server is told");
+    }
+}
+
+#[test]
+fn of_many_names_some_are_listed_and_the_rest_is_counted() {
+    let accounts = ["a", "b", "c", "d", "e", "f"].map(identity);
+    for (count, tail) in
+        [(0, "nobody"), (1, "sa/a"), (4, "sa/d"), (5, "sa/d and 1 more"), (6, "sa/d and 2 more")]
+    {
+        let listed = some_of(&accounts[..count].iter().cloned().collect());
+        assert!(listed.ends_with(tail), "{listed}");
+        assert_eq!(listed.matches("spiffe://").count(), count.min(NAMES_LISTED_MAX));
     }
 }
 

@@ -399,9 +399,9 @@ impl WorkloadServer {
 }
 
 /// Names listed in a message about secure naming; the rest is counted.
-const NAMES_LISTED_MAX: usize = 4;
+pub(super) const NAMES_LISTED_MAX: usize = 4;
 
-fn some_of(allowed: &BTreeSet<SpiffeId>) -> String {
+pub(super) fn some_of(allowed: &BTreeSet<SpiffeId>) -> String {
     let listed: Vec<String> = allowed.iter().take(NAMES_LISTED_MAX).map(ToString::to_string).collect();
     let more = allowed.len().saturating_sub(NAMES_LISTED_MAX);
     match (listed.is_empty(), more) {

@@ -36,21 +36,31 @@ pub const FILES_MAX: usize = 1_024;
 /// Name of the limit [`FILES_MAX`].
 pub const FILES_LIMIT: &str = "document_files";
 
-/// Nodes that aliases of one file may stand for, beyond what is written: an alias in every document of a large file.
-const ALIASED_NODES_MAX: usize = 100_000;
+/// Documents of one file: as many of 256 bytes as [`FILE_BYTES_MAX`] holds. Beyond it the file is not parsed.
+pub(super) const DOCUMENTS_MAX: usize = 4_096;
+
+/// Scalars, lists and maps of one file: sixty for each of so many documents. Beyond it the file is not parsed.
+pub(super) const NODES_MAX: usize = 250_000;
+
+/// How deep lists and maps of one file nest; ten levels are what objects have. Beyond it the file is not parsed.
+pub(super) const DEPTH_MAX: usize = 64;
+
+/// Nodes that aliases of one file may stand for, beyond what is written: an alias in every document of a large file. Beyond
+/// it the file is not parsed.
+pub(super) const ALIASED_NODES_MAX: usize = 100_000;
 
 /// Quiet time after a change before the folder is read: a rename is two notices, a copy of a folder some hundred.
-const SETTLE: Duration = Duration::from_millis(50);
+pub(super) const SETTLE: Duration = Duration::from_millis(50);
 
 /// Longest time that changes in a row put off reading.
-const SETTLE_MAX: Duration = Duration::from_millis(500);
+pub(super) const SETTLE_MAX: Duration = Duration::from_millis(500);
 
 /// The folder is read this often even without notice: links to files elsewhere change silently, and a notice may be
 /// lost when too many come at once.
 const POLL: Duration = Duration::from_secs(5);
 
 /// Notices that wait; more say the same.
-const NOTICES_MAX: usize = 1;
+pub(super) const NOTICES_MAX: usize = 1;
 
 /// What happened to one file, or to the folder as a whole.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,6 +99,13 @@ pub fn parse(text: &str) -> Result<Vec<Value>, String> {
     let options = serde_saphyr::options! {
         // As in YAML 1.2: `mode: ON` is a word, not true (policy B-1).
         strict_booleans: true,
+        budget: serde_saphyr::budget! {
+            max_documents: DOCUMENTS_MAX,
+            max_nodes: NODES_MAX,
+            max_depth: DEPTH_MAX,
+            // The limit of what aliases stand for says more than their number.
+            enforce_alias_anchor_ratio: false,
+        },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: ALIASED_NODES_MAX },
     };
     serde_saphyr::from_multiple_with_options(text, options)
@@ -227,13 +244,7 @@ impl Watched {
         if !matches!(timeout_at(poll, notices.received.recv()).await, Ok(Some(()))) {
             return;
         }
-        let latest = Instant::now() + SETTLE_MAX;
-        loop {
-            let quiet = (Instant::now() + SETTLE).min(latest);
-            if !matches!(timeout_at(quiet, notices.received.recv()).await, Ok(Some(()))) {
-                return;
-            }
-        }
+        quiet(&mut notices.received).await;
     }
 
     /// Begins to watch, or watches the folder that has taken the place of the watched one. Where that fails, the poll
@@ -250,6 +261,18 @@ impl Watched {
                 None
             }
         });
+    }
+}
+
+/// Waits until no further notice comes, or for the longest time that is waited for it.
+pub(super) async fn quiet(notices: &mut Receiver<()>) {
+    let latest = Instant::now() + SETTLE_MAX;
+    loop {
+        let quiet = (Instant::now() + SETTLE).min(latest);
+        // Past the latest time a notice that is there already would still be taken before the time.
+        if quiet <= Instant::now() || !matches!(timeout_at(quiet, notices.recv()).await, Ok(Some(()))) {
+            return;
+        }
     }
 }
 

@@ -27,7 +27,8 @@ const HEAD: &str = "culvert last-good 1 sha256:";
 /// Mode of the file: policy texts are nobody else's business.
 const MODE: u32 = 0o600;
 
-/// Largest file, in bytes: two texts of each document file, quotes escaped.
+/// Largest file, in bytes: two texts of each document file, quotes escaped. What would be larger is not kept, which is
+/// said; what was kept before stays.
 const BYTES_MAX: u64 = FILE_BYTES_MAX * FILES_MAX as u64 * 3;
 
 /// What was in force, by file.
@@ -64,13 +65,18 @@ pub struct LastGood {
     path: PathBuf,
     /// First line of what this process wrote last.
     written: String,
+    bytes_max: u64,
     /// The file belongs to a successor.
     retired: Arc<AtomicBool>,
 }
 
 impl LastGood {
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), written: String::new(), retired: Arc::default() }
+        Self::within(path, BYTES_MAX)
+    }
+
+    pub(super) fn within(path: &Path, bytes_max: u64) -> Self {
+        Self { path: path.to_owned(), written: String::new(), bytes_max, retired: Arc::default() }
     }
 
     /// Set, nothing is written any more.
@@ -97,7 +103,10 @@ impl LastGood {
             return Err(self.damaged("its owner is another, or its mode is not 0600"));
         }
         let mut text = String::new();
-        file.take(BYTES_MAX).read_to_string(&mut text).map_err(|error| self.system(error))?;
+        file.take(self.bytes_max + 1).read_to_string(&mut text).map_err(|error| self.system(error))?;
+        if text.len() as u64 > self.bytes_max {
+            return Err(self.damaged("it is longer than a daemon writes it"));
+        }
         let Some((head, body)) = text.split_once('\n') else {
             return Err(self.damaged("its first line is missing"));
         };
@@ -117,7 +126,13 @@ impl LastGood {
         if self.written == head || self.retired.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.replace(&format!("{head}\n{body}")).map_err(|error| self.system(error))?;
+        let text = format!("{head}\n{body}");
+        if text.len() as u64 > self.bytes_max {
+            let problem =
+                format!("{} bytes, at most {} are kept: shorten the documents", text.len(), self.bytes_max);
+            return Err(self.system(io::Error::new(io::ErrorKind::FileTooLarge, problem)));
+        }
+        self.replace(&text).map_err(|error| self.system(error))?;
         self.written = head;
         Ok(())
     }

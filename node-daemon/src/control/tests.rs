@@ -17,7 +17,11 @@ use tokio::{sync::watch, time::timeout};
 
 use super::{
     ControlConfig, Handle,
-    file::{self, Change, FILE_BYTES_MAX, FILES_MAX, Folder},
+    file::{
+        self, ALIASED_NODES_MAX, Change, DEPTH_MAX, DOCUMENTS_MAX, FILE_BYTES_MAX, FILES_MAX, Folder,
+        NODES_MAX, NOTICES_MAX, SETTLE, SETTLE_MAX, Watched, quiet,
+    },
+    last_good::{LastGood, LastGoodError, Remembered, Texts},
     start,
 };
 use crate::telemetry::Sink;
@@ -222,6 +226,86 @@ fn a_bomb_of_aliases_is_refused() {
         text += &format!("a{level}: &a{level} [{}]\n", before.trim_end_matches(", "));
     }
     assert!(file::parse(&text).is_err());
+}
+
+#[test]
+fn the_limit_of_aliases_is_exact() {
+    // A list of 98 is a hundred nodes: its beginning and its end count too.
+    let text = |aliases: usize| {
+        format!("base: &base [{}]\nlist: [{}]\n", ["x"; 98].join(", "), vec!["*base"; aliases].join(", "))
+    };
+    assert!(file::parse(&text(ALIASED_NODES_MAX / 100)).is_ok());
+    let refused = file::parse(&text(ALIASED_NODES_MAX / 100 + 1)).unwrap_err();
+    assert!(refused.contains("alias"), "{refused}");
+}
+
+#[test]
+fn the_limits_of_a_file_s_contents_are_exact() {
+    let documents = |count| "---\na: 1\n".repeat(count);
+    // The list itself is one.
+    let nodes = |count| format!("- {}", "x\n- ".repeat(count - 2) + "x");
+    let depth = |levels| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+    for (what, within, beyond) in [
+        ("documents", documents(DOCUMENTS_MAX), documents(DOCUMENTS_MAX + 1)),
+        ("nodes", nodes(NODES_MAX), nodes(NODES_MAX + 1)),
+        ("depth", depth(DEPTH_MAX), depth(DEPTH_MAX + 1)),
+    ] {
+        assert!(within.len() as u64 <= FILE_BYTES_MAX, "{what}: the file itself is within its limit");
+        let parsed = file::parse(&within).map(|documents| documents.len());
+        assert!(parsed.is_ok(), "{what}: {parsed:?}");
+        let refused = file::parse(&beyond).unwrap_err();
+        assert!(refused.contains(what), "{what}: {refused}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn changes_in_a_row_put_off_the_reading_only_so_long() {
+    let (notice, mut notices) = tokio::sync::mpsc::channel(NOTICES_MAX);
+    let before = tokio::time::Instant::now();
+    quiet(&mut notices).await;
+    assert_eq!(before.elapsed(), SETTLE, "without a further notice");
+    let restless = tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(SETTLE / 2).await;
+            let _ = notice.try_send(());
+        }
+    });
+    let before = tokio::time::Instant::now();
+    quiet(&mut notices).await;
+    assert_eq!(before.elapsed(), SETTLE_MAX);
+    restless.abort();
+}
+
+#[tokio::test]
+async fn more_changes_than_notices_wait_for_are_all_read() {
+    let node = Node::new();
+    let mut watched = Watched::new(&node.folder());
+    assert!(watched.scan().await.is_empty());
+    for number in 0..50 * NOTICES_MAX {
+        node.put(&format!("{number}.yaml"), "");
+    }
+    assert_eq!(watched.changed().await.len(), 50 * NOTICES_MAX);
+}
+
+#[test]
+fn last_good_documents_are_kept_up_to_the_limit() {
+    // T-19
+    let node = Node::new();
+    let of_length = |bytes: usize| Remembered {
+        folder: "/mesh.d".to_owned(),
+        files: [("a.yaml".to_owned(), Texts { good: Some("#".repeat(bytes)), parsed: None })].into(),
+    };
+    LastGood::new(&node.last_good()).keep(&of_length(1)).unwrap();
+    let around = fs::metadata(node.last_good()).unwrap().len() - 1;
+    let mut kept = LastGood::within(&node.last_good(), around + 100);
+    kept.keep(&of_length(100)).unwrap();
+    assert_eq!(kept.read().unwrap(), Some(of_length(100)), "at the limit");
+    let refused = kept.keep(&of_length(101)).unwrap_err();
+    assert!(refused.to_string().contains("at most"), "{refused}");
+    assert_eq!(kept.read().unwrap(), Some(of_length(100)), "what was kept before stays");
+
+    LastGood::new(&node.last_good()).keep(&of_length(101)).unwrap();
+    assert!(matches!(kept.read(), Err(LastGoodError::Damaged { .. })), "a longer one is not used");
 }
 
 #[tokio::test]

@@ -323,7 +323,14 @@ impl Lines {
     /// # Errors
     /// The thread could not be started.
     pub fn start(out: impl Write + Send + 'static) -> io::Result<(Self, LinesEnd)> {
-        let (waiting, lines) = sync_channel(LINES_WAITING_MAX);
+        Self::start_within(out, LINES_WAITING_MAX)
+    }
+
+    pub(super) fn start_within(
+        out: impl Write + Send + 'static,
+        lines_max: usize,
+    ) -> io::Result<(Self, LinesEnd)> {
+        let (waiting, lines) = sync_channel(lines_max);
         let thread = thread::Builder::new().name("log".to_owned()).spawn(move || write_lines(&lines, out))?;
         let end = LinesEnd { waiting: waiting.clone(), thread: Some(thread) };
         Ok((Self { waiting, lost: Arc::default() }, end))

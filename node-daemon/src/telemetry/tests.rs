@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Write},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, mpsc},
     time::{Duration, SystemTime},
 };
 
@@ -334,6 +334,40 @@ fn beyond_the_limit_of_label_sets_a_new_one_is_counted_as_other_and_the_limit_wi
     assert!(text.contains(r#"culvert_limits_total{limit="label_sets"} 1"#));
     assert!(text.contains(&format!(r#"source_workload="{OTHER}""#)));
     assert!(!text.contains(&format!(r#"source_workload="web-{LABEL_SETS_MAX}""#)));
+}
+
+/// A reader that is at each line for as long as the test wants.
+struct Held(Arc<Mutex<Vec<u8>>>, mpsc::SyncSender<()>);
+
+impl Write for Held {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let _ = self.1.send(());
+        self.0.lock().unwrap().extend_from_slice(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn as_many_lines_wait_as_the_limit_says_and_one_more_is_left_out() {
+    let written = Arc::new(Mutex::new(Vec::new()));
+    let (at_it, begun) = mpsc::sync_channel(0);
+    let (mut lines, end) = Lines::start_within(Held(Arc::clone(&written), at_it), 2).unwrap();
+    let holding = written.lock().unwrap();
+    lines.write_all(b"1").unwrap();
+    begun.recv().unwrap(); // the first is with the reader
+    for line in [b"2", b"3"] {
+        lines.write_all(line).unwrap();
+    }
+    assert_eq!(lines.lost(), 0, "at the limit");
+    lines.write_all(b"4").unwrap();
+    assert_eq!(lines.lost(), 1);
+    drop((holding, begun));
+    drop(end);
+    assert_eq!(*written.lock().unwrap(), b"123");
 }
 
 #[test]
