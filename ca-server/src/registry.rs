@@ -433,7 +433,7 @@ mod tests {
     fn the_limits_of_a_files_contents_are_exact() {
         let documents = |count| "---\na: 1\n".repeat(count);
         // The list itself is one.
-        let nodes = |count| format!("- {}x", "x\n- ".repeat(count - 2));
+        let nodes = |count: usize| format!("- {}x", "x\n- ".repeat(count - 2));
         let depth = |levels| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
         // A list of 98 is a hundred nodes: its beginning and its end count too.
         let aliases = |count| {
