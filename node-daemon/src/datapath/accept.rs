@@ -41,7 +41,7 @@ pub const HANDSHAKES_PER_WORKLOAD_MAX: usize = 512;
 const DESCRIPTORS_PERCENT: u64 = 80;
 
 /// Pause after a failed accept, in milliseconds: descriptors that ran out come back as connections end.
-const ACCEPT_RETRY_MILLISECONDS: u64 = 100;
+pub(super) const ACCEPT_RETRY_MILLISECONDS: u64 = 100;
 
 /// Named limits, smaller in tests.
 #[derive(Clone, Copy, Debug)]

@@ -12,7 +12,7 @@ use super::{accept::Site, record::Ending};
 use crate::{net::DialError, telemetry::Reason};
 
 /// Time for the workload to accept, in seconds: it is on this machine; only a full backlog makes it wait.
-const DELIVER_SECONDS: u64 = 5;
+pub(super) const DELIVER_SECONDS: u64 = 5;
 
 /// Connects to the workload. Asks for a [`Permit`]: nothing is sent to a workload without one.
 pub(super) async fn deliver(

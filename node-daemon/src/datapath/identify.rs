@@ -29,7 +29,7 @@ const TLS_HANDSHAKE: u8 = 22;
 
 /// Bytes of a first message that are looked at: a ClientHello with a post-quantum key share has some 1.8 KiB, and a
 /// record holds 16 KiB. Longer ones are no ClientHello.
-const HELLO_BYTES_MAX: usize = 20 * 1024;
+pub(super) const HELLO_BYTES_MAX: usize = 20 * 1024;
 
 /// Room for one read of it, in bytes: most ClientHellos in one piece.
 const HELLO_READ_BYTES: usize = 2 * 1024;

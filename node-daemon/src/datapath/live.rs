@@ -26,7 +26,7 @@ use crate::{net::Progress, telemetry::Ends};
 
 /// Connections judged between two pauses, so that a change of policy does not hold up a thread of the runtime: some
 /// 5 us each.
-const REJUDGED_AT_ONCE: usize = 256;
+pub(super) const REJUDGED_AT_ONCE: usize = 256;
 
 /// What a connection was allowed by, in a form that can be asked again.
 #[derive(Clone, Debug)]

@@ -26,6 +26,8 @@ mod tunnel;
 #[cfg(test)]
 mod host_tests;
 #[cfg(test)]
+mod limit_tests;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

@@ -30,11 +30,11 @@ use crate::{
 };
 
 /// Time for one attempt to connect to a peer's daemon, in seconds: SYN, one retransmit, and its answer.
-const PEER_DIAL_SECONDS: u64 = 3;
+pub(super) const PEER_DIAL_SECONDS: u64 = 3;
 
 /// Time to connect to something outside the mesh, in seconds: five SYNs. The application believes itself connected
 /// meanwhile.
-const OUTSIDE_DIAL_SECONDS: u64 = 30;
+pub(super) const OUTSIDE_DIAL_SECONDS: u64 = 30;
 
 /// Serves one captured connection.
 pub(super) async fn serve(shared: &Shared, site: &Site, accepted: Accepted, own_port: u16) {

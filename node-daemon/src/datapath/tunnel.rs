@@ -49,38 +49,38 @@ pub const HANDSHAKE_SECONDS: u64 = 10;
 pub const STREAMS_PER_TUNNEL_MAX: usize = 200;
 
 /// Bytes that a peer may send on one stream before they are read: 10 Gbit/s at 3 ms. Bounds what a slow reader holds.
-const WINDOW_STREAM_BYTES: u32 = 4 * 1024 * 1024;
+pub(super) const WINDOW_STREAM_BYTES: u32 = 4 * 1024 * 1024;
 
 /// The same for all streams of a tunnel: eight readers may stall before the others of the same pair of workloads wait.
-const WINDOW_TUNNEL_BYTES: u32 = 8 * WINDOW_STREAM_BYTES;
+pub(super) const WINDOW_TUNNEL_BYTES: u32 = 8 * WINDOW_STREAM_BYTES;
 
 /// Largest frame that is taken, in bytes: as ztunnel's. Those that are sent are as large as a read of the relay.
-const FRAME_BYTES_MAX: u32 = 1024 * 1024;
+pub(super) const FRAME_BYTES_MAX: u32 = 1024 * 1024;
 
 /// Bytes of one stream that wait to be sent: four reads of the relay. At the limit the application is not read.
-const SEND_BUFFER_BYTES: usize = 256 * 1024;
+pub(super) const SEND_BUFFER_BYTES: usize = 256 * 1024;
 
 /// Largest head of a CONNECT, in bytes: an authority, and tracing headers that others send.
-const HEAD_BYTES_MAX: u32 = 16 * 1024;
+pub(super) const HEAD_BYTES_MAX: u32 = 16 * 1024;
 
 /// An unused tunnel is closed after so many seconds: longer than most pools of applications keep theirs.
-const IDLE_SECONDS_MAX: u64 = 60;
+pub(super) const IDLE_SECONDS_MAX: u64 = 60;
 
 /// How often idle and outdated tunnels are looked for, in seconds.
-const SWEEP_SECONDS: u64 = 10;
+pub(super) const SWEEP_SECONDS: u64 = 10;
 
 /// Time for the answer to CONNECT, in seconds: the peer dials its own workload, which may be slow to accept.
-const ANSWER_SECONDS: u64 = 10;
+pub(super) const ANSWER_SECONDS: u64 = 10;
 
 /// First and longest pause between two attempts to reach a peer's daemon that is away (T-4), in milliseconds.
-const RETRY_MILLISECONDS_MIN: u64 = 50;
-const RETRY_MILLISECONDS_MAX: u64 = 1_000;
+pub(super) const RETRY_MILLISECONDS_MIN: u64 = 50;
+pub(super) const RETRY_MILLISECONDS_MAX: u64 = 1_000;
 
 /// A peer's node that vanished without a word is noticed within a minute: idle time before the first probe, pause
 /// between probes, and their number.
-const KEEPALIVE_IDLE_SECONDS: u64 = 30;
-const KEEPALIVE_PROBE_SECONDS: u64 = 10;
-const KEEPALIVE_PROBES: u32 = 3;
+pub(super) const KEEPALIVE_IDLE_SECONDS: u64 = 30;
+pub(super) const KEEPALIVE_PROBE_SECONDS: u64 = 10;
+pub(super) const KEEPALIVE_PROBES: u32 = 3;
 
 /// Why a handshake came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -486,8 +486,11 @@ impl Pool {
             // One that is dialling is in use.
             let Ok(mut tunnels) = lane.tunnels.try_lock() else { return true };
             let current = generation(key);
-            tunnels.retain(|tunnel| {
+            tunnels.retain_mut(|tunnel| {
                 let unused = tunnel.places.available_permits() == STREAMS_PER_TUNNEL_MAX;
+                if !unused {
+                    tunnel.used = Instant::now();
+                }
                 Some(tunnel.generation) == current
                     && tunnel.is_usable()
                     && !(unused && tunnel.used.elapsed() > idle)
