@@ -36,7 +36,7 @@ use crate::{
     control::{self, ControlConfig},
     datapath::{self, Holds, Limits},
     enrol::{self, EnrolConfig, Enrolment, Standing},
-    kernel::{Kernel, KernelConfig},
+    kernel::{Kernel, KernelConfig, MapSizes},
     place::Place,
     sys::{cgroup, process},
     telemetry::{Event, Sink, log::Lines},
@@ -401,7 +401,13 @@ fn kernel_config(config: &Config) -> Result<KernelConfig> {
         Some(folder) => folder.clone(),
         None => cgroup::mount_point().context("cgroup")?,
     };
-    Ok(KernelConfig { node: config.node.clone(), bpffs: config.bpffs.clone(), cgroup, mark: MARK })
+    Ok(KernelConfig {
+        node: config.node.clone(),
+        bpffs: config.bpffs.clone(),
+        cgroup,
+        mark: MARK,
+        sizes: MapSizes::default(),
+    })
 }
 
 fn enrol_config(config: &Config) -> Result<EnrolConfig> {

@@ -21,7 +21,7 @@ use std::{
 use ebpf_abi::{WorkloadNumber, limits};
 use nix::sys::socket::{setsockopt, sockopt::TcpFastOpenConnect};
 use node_daemon::{
-    kernel::{EnrolTarget, Kernel, KernelConfig, KernelError, WorkloadKind, cleanup},
+    kernel::{EnrolTarget, Kernel, KernelConfig, KernelError, MapSizes, WorkloadKind, cleanup},
     sys::{Namespace, cgroup},
 };
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
@@ -625,6 +625,104 @@ fn what_does_not_fit_is_refused_with_the_limit() {
     announced.push(announce(limits::DELIVERIES_MAX).expect("there is room again"));
 }
 
+/// The other end of the veth as a workload of its own.
+fn neighbour(world: &World) -> EnrolTarget<'_> {
+    EnrolTarget {
+        key: "photo_neighbour".to_owned(),
+        netns: world.peer.namespace.as_fd(),
+        cookie: world.peer.namespace.cookie(),
+        addresses: vec![address(PEER4)],
+        ..world.target()
+    }
+}
+
+#[test]
+fn a_workload_that_does_not_fit_is_refused_and_the_others_stay_captured() {
+    let (world, mut kernel) = World::with_sizes(MapSizes { workloads: 1, ..MapSizes::default() });
+    let (daemon, number) = world.enrol(&mut kernel);
+    let listeners = Listeners::open(&world.peer);
+    let next = kernel.steer(&neighbour(&world), listeners.fds()).expect("steered");
+    let refused = kernel.capture(next);
+    assert!(matches!(refused, Err(KernelError::Limit { map: "WORKLOADS", limit: 1, .. })), "{refused:?}");
+    let _client = world.pod.connect(PEER4, 8080);
+    daemon.outbound.accept_one();
+    kernel.uncapture(number).expect("the owner writes");
+    kernel.capture(next).expect("there is room again");
+}
+
+#[test]
+fn own_addresses_that_do_not_fit_are_refused_and_change_nothing() {
+    let (world, mut kernel) = World::with_sizes(MapSizes { own_addresses: 2, ..MapSizes::default() });
+    let application = world.pod.listen("::", 8080);
+    let (daemon, number) = world.enrol(&mut kernel);
+    let full = |refused: Result<(), KernelError>| {
+        let as_expected = matches!(refused, Err(KernelError::Limit { map: "OWN_ADDRESSES", limit: 2, .. }));
+        assert!(as_expected, "{refused:?}");
+    };
+    let listeners = Listeners::open(&world.peer);
+    full(kernel.steer(&neighbour(&world), listeners.fds()).map(drop));
+    full(kernel.addresses(number, &["10.77.0.8", "10.77.0.9", POD4].map(address)));
+    // Its own are its own as before.
+    for own in [POD4, POD6] {
+        let _client = world.pod.connect(own, 8080);
+        application.accept_one();
+        let _client = world.peer.connect(own, 8080);
+        daemon.inbound.accept_one();
+    }
+    kernel.addresses(number, &[address(POD4)]).expect("the owner writes");
+    kernel.steer(&neighbour(&world), listeners.fds()).expect("there is room again");
+}
+
+#[test]
+fn ports_and_addresses_of_a_host_that_do_not_fit_hinder_no_other_workload() {
+    let (world, mut kernel) = World::with_kernel();
+    let host = Host::enrol(&world, &mut kernel);
+    let ports = |many: u32| (1..=many).map(|port| u16::try_from(port).expect("a port")).collect::<Vec<_>>();
+    let addresses = |many: u32| (1..=many).map(|n| IpAddr::V4(Ipv4Addr::from_bits(n))).collect::<Vec<_>>();
+    let greedy = Cgroup::make("greedy");
+    let target = |ports, addresses| EnrolTarget {
+        key: "photo_greedy".to_owned(),
+        kind: WorkloadKind::Host { cgroup: greedy.path.clone(), ports },
+        addresses,
+        ..world.target()
+    };
+    // Two others have a port each, and two addresses in common.
+    for refused in [
+        kernel.steer(&target(ports(limits::STEER_PORTS_MAX - 1), vec![]), host.daemon.fds()).map(drop),
+        kernel
+            .steer(&target(vec![1], addresses(limits::STEER_ADDRESSES_MAX - 1)), host.daemon.fds())
+            .map(drop),
+        kernel.inbound_ports(host.number, &ports(limits::STEER_PORTS_MAX)),
+        kernel.addresses(host.number, &addresses(limits::STEER_ADDRESSES_MAX - 1)),
+    ] {
+        assert!(matches!(refused, Err(KernelError::Limit { .. })), "{refused:?}");
+    }
+    kernel.inbound_ports(host.number, &[8080]).expect("the others are changed as before");
+    let most = (ports(limits::STEER_PORTS_MAX - 2), addresses(limits::STEER_ADDRESSES_MAX - 2));
+    let number = kernel.steer(&target(most.0, most.1), host.daemon.fds()).expect("the last one fits");
+    kernel.release(number).expect("the owner writes");
+}
+
+#[test]
+fn a_captured_connect_whose_origin_does_not_fit_times_out_and_never_leaves() {
+    let (world, mut kernel) = World::with_sizes(MapSizes { origins: 1, ..MapSizes::default() });
+    let wire = world.peer.listen("::", 443);
+    let host = Host::enrol(&world, &mut kernel);
+    let (unit, outbound) = (&host.unit, &host.daemon.outbound);
+    let _first = unit.dial(&world.pod, PEER4, 443, None);
+    let (_, client, target) = outbound.accept_one();
+    // The daemon has not asked yet who opened it, so there is no room for another.
+    let second = unit.begin_to_dial(&world.pod, PEER6, 443, None);
+    wait_until("the origin did not fit", || count(&kernel, "origin_failed") > 0);
+    wait_until("its SYN was held back", || count(&kernel, "captured_egress") > 0);
+    outbound.nothing_waits();
+    wire.nothing_waits();
+    drop(second);
+    assert_eq!(kernel.origins().take(client, target).expect("a map"), Some(host.number));
+    let _third = unit.dial(&world.pod, PEER6, 443, None);
+    outbound.accept_one();
+}
+
 #[test]
 fn names_and_marks_that_cannot_be_used_are_refused() {
     let (world, mut kernel) = World::with_kernel();
@@ -713,16 +811,25 @@ static WORLDS: AtomicU32 = AtomicU32::new(0);
 
 struct World {
     name: String,
+    sizes: MapSizes,
     pod: Place,
     peer: Place,
 }
 
 impl World {
     fn with_kernel() -> (Self, Kernel) {
+        Self::with_sizes(MapSizes::default())
+    }
+
+    fn with_sizes(sizes: MapSizes) -> (Self, Kernel) {
         assert!(nix::unistd::geteuid().is_root(), "the tests in node-daemon/tests/kernel.rs need root");
         let name = format!("kt{}-{}", process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
-        let world =
-            Self { pod: Place::make(&format!("{name}p")), peer: Place::make(&format!("{name}q")), name };
+        let world = Self {
+            pod: Place::make(&format!("{name}p")),
+            peer: Place::make(&format!("{name}q")),
+            sizes,
+            name,
+        };
         let (pod, peer) = (&world.pod.name, &world.peer.name);
         ip(&format!("link add eth0 netns {pod} type veth peer name eth0 netns {peer}"));
         for (place, addresses) in [(pod, [POD4, POD6]), (peer, [PEER4, PEER6])] {
@@ -741,6 +848,7 @@ impl World {
             bpffs: PathBuf::from("/sys/fs/bpf"),
             cgroup: cgroup::own_folder(&mount).expect("this process has a cgroup"),
             mark: MARK,
+            sizes: self.sizes,
         }
     }
 
@@ -939,6 +1047,19 @@ impl Cgroup {
 
     /// A process in this cgroup and in a namespace that has connected and stays connected.
     fn dial(&self, place: &Place, target: &str, port: u16, device: Option<&str>) -> Dialled {
+        let mut dialled = self.begin_to_dial(place, target, port, device);
+        let mut told = Vec::new();
+        while !told.windows(9).any(|window| window == b"connected") {
+            let mut byte = [0];
+            let read = dialled.stdout.read(&mut byte).expect("a pipe");
+            assert_ne!(read, 0, "{target}:{port}: {}", String::from_utf8_lossy(&told));
+            told.extend(byte);
+        }
+        dialled
+    }
+
+    /// A process that tries to.
+    fn begin_to_dial(&self, place: &Place, target: &str, port: u16, device: Option<&str>) -> Dialled {
         let mut command = Command::new("sh");
         command
             .arg("-c")
@@ -954,15 +1075,8 @@ impl Cgroup {
             command.env("KERNEL_TEST_DEVICE", device);
         }
         let mut child = spawn(&mut command);
-        let mut told = Vec::new();
-        let mut stdout = child.stdout.take().expect("piped");
-        while !told.windows(9).any(|window| window == b"connected") {
-            let mut byte = [0];
-            let read = stdout.read(&mut byte).expect("a pipe");
-            assert_ne!(read, 0, "{target}:{port}: {}", String::from_utf8_lossy(&told));
-            told.extend(byte);
-        }
-        Dialled { child, _stdout: stdout }
+        let stdout = child.stdout.take().expect("piped");
+        Dialled { child, stdout }
     }
 }
 
@@ -976,12 +1090,14 @@ impl Drop for Cgroup {
 
 struct Dialled {
     child: Child,
-    _stdout: process::ChildStdout,
+    stdout: process::ChildStdout,
 }
 
 impl Drop for Dialled {
     fn drop(&mut self) {
         drop(self.child.stdin.take());
+        // One that still dials would do so for a while.
+        let _: io::Result<()> = self.child.kill();
         let _: io::Result<process::ExitStatus> = self.child.wait();
     }
 }

@@ -51,7 +51,7 @@ impl Kernel {
             None
         } else {
             pins::make(&folder)?;
-            Some(load::instance(Purpose::SteerPod { folder: &folder }, self.config.mark, &self.pins.maps())?)
+            Some(load::instance(Purpose::SteerPod { folder: &folder }, &self.config, &self.pins.maps())?)
         };
         let mut steering = Steering::open(&folder)?;
         steering.set_addresses(&addresses)?;
@@ -100,11 +100,12 @@ impl Kernel {
         let folder = self.folder(number, target)?;
         let attached = self.workloads.get(&number).map_or(0, |workload| workload.cgroup);
         let wanted: BTreeSet<u16> = ports.iter().copied().collect();
+        self.check_host_room(number, &target.addresses.iter().copied().collect(), &wanted)?;
         let mut instance = if is_same_program(&host) {
             None
         } else {
             pins::make(&host)?;
-            Some(load::instance(Purpose::SteerHost { folder: &host }, self.config.mark, &self.pins.maps())?)
+            Some(load::instance(Purpose::SteerHost { folder: &host }, &self.config, &self.pins.maps())?)
         };
         let mut steering = Steering::open(&host)?;
         steering.add_inbound_ports(&wanted.iter().map(|port| (*port, number)).collect())?;
@@ -132,6 +133,23 @@ impl Kernel {
         self.write_host()
     }
 
+    /// Whether the addresses and ports of all host workloads fit, with these of one of them. Asked before anything is changed:
+    /// one that wants too many hinders no other.
+    pub(super) fn check_host_room(
+        &self,
+        number: WorkloadNumber,
+        addresses: &BTreeSet<IpAddr>,
+        ports: &BTreeSet<u16>,
+    ) -> Result<(), KernelError> {
+        let others =
+            || self.workloads.iter().filter(|(other, workload)| **other != number && workload.cgroup != 0);
+        let addresses: BTreeSet<_> =
+            addresses.iter().chain(others().flat_map(|(_, other)| &other.addresses)).collect();
+        let ports: BTreeSet<_> = ports.iter().chain(others().flat_map(|(_, other)| &other.ports)).collect();
+        maps::check_addresses(addresses.len())?;
+        maps::check_ports(ports.len())
+    }
+
     /// Pins the one map of its own that a host workload has.
     pub(super) fn make_meta(&self, number: WorkloadNumber, folder: &Path) -> Result<(), KernelError> {
         if maps::meta(folder).is_ok() {
@@ -139,7 +157,7 @@ impl Kernel {
         }
         let host = self.pins.host();
         let purpose = Purpose::HostWorkload { number, netns_cookie: 0, host: &host };
-        let mut instance = load::instance(purpose, self.config.mark, &self.pins.maps())?;
+        let mut instance = load::instance(purpose, &self.config, &self.pins.maps())?;
         maps::pin(&mut instance, names::MAP_STEER_META, folder)
     }
 
@@ -152,7 +170,7 @@ impl Kernel {
         let id = cgroup_id(cgroup).map_err(KernelError::file(cgroup, "using the cgroup"))?;
         let host = self.pins.host();
         let purpose = Purpose::HostWorkload { number, netns_cookie: workload.cookie, host: &host };
-        let mut instance = load::instance(purpose, self.config.mark, &self.pins.maps())?;
+        let mut instance = load::instance(purpose, &self.config, &self.pins.maps())?;
         attach::to_cgroup(&mut instance, cgroup, &workload.folder, workload.cgroup == id)?;
         let mut meta = maps::meta(&workload.folder)?;
         meta.cgroup = id;

@@ -13,7 +13,7 @@ use ebpf_abi::{WorkloadNumber, names};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    KERNEL_FLOOR,
+    KERNEL_FLOOR, KernelConfig,
     error::{During as _, KernelError, chain},
 };
 
@@ -46,7 +46,11 @@ pub(super) fn object_hash() -> u64 {
 }
 
 /// Loads the maps of an instance, and readies its programs.
-pub(super) fn instance(purpose: Purpose<'_>, mark: u32, shared_maps: &Path) -> Result<Ebpf, KernelError> {
+pub(super) fn instance(
+    purpose: Purpose<'_>,
+    config: &KernelConfig,
+    shared_maps: &Path,
+) -> Result<Ebpf, KernelError> {
     let (number, netns_cookie) = match purpose {
         Purpose::HostWorkload { number, netns_cookie, .. } => (number.0, netns_cookie),
         Purpose::Node | Purpose::SteerPod { .. } | Purpose::SteerHost { .. } => (WorkloadNumber::NONE.0, 0),
@@ -54,10 +58,13 @@ pub(super) fn instance(purpose: Purpose<'_>, mark: u32, shared_maps: &Path) -> R
     let host = u32::from(matches!(purpose, Purpose::SteerHost { .. }));
     let mut loader = EbpfLoader::new();
     loader
-        .override_global(names::GLOBAL_MARK, &mark, true)
+        .override_global(names::GLOBAL_MARK, &config.mark, true)
         .override_global(names::GLOBAL_HOST_WORKLOAD, &number, true)
         .override_global(names::GLOBAL_HOST_NETNS_COOKIE, &netns_cookie, true)
-        .override_global(names::GLOBAL_HOST, &host, true);
+        .override_global(names::GLOBAL_HOST, &host, true)
+        .map_max_entries(names::MAP_WORKLOADS, config.sizes.workloads)
+        .map_max_entries(names::MAP_OWN_ADDRESSES, config.sizes.own_addresses)
+        .map_max_entries(names::MAP_ORIGINS, config.sizes.origins);
     for map in names::SHARED_MAPS {
         loader.map_pin_path(map, shared_maps.join(map));
     }
@@ -119,10 +126,15 @@ fn reason(error: &ProgramError) -> String {
     let ProgramError::LoadError { io_error, verifier_log } = error else {
         return chain(error);
     };
-    let log = verifier_log.to_string();
+    let last = last_words(&verifier_log.to_string());
+    if last.is_empty() { io_error.to_string() } else { format!("{io_error}; verifier: {last}") }
+}
+
+/// The conclusion of a verifier's log.
+fn last_words(log: &str) -> String {
     let mut last: Vec<_> = log.lines().rev().filter(|line| !line.trim().is_empty()).take(LOG_LINES).collect();
     last.reverse();
-    if last.is_empty() { io_error.to_string() } else { format!("{io_error}; verifier: {}", last.join(" | ")) }
+    last.join(" | ")
 }
 
 /// Version of the running kernel.
@@ -133,3 +145,18 @@ fn release() -> String {
 
 /// Lines of the verifier's log that go into an error: its conclusion stands in the last ones.
 const LOG_LINES: usize = 6;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_verifiers_log_the_last_lines_are_told() {
+        let log = |lines: usize| (1..=lines).map(|line| format!("{line}\n\n")).collect::<String>();
+        for (lines, expected) in
+            [(0, ""), (1, "1"), (6, "1 | 2 | 3 | 4 | 5 | 6"), (7, "2 | 3 | 4 | 5 | 6 | 7")]
+        {
+            assert_eq!(last_words(&log(lines)), expected);
+        }
+    }
+}

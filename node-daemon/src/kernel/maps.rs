@@ -17,7 +17,10 @@ use ebpf_abi::{
 };
 use nix::errno::Errno;
 
-use super::error::{During as _, KernelError};
+use super::{
+    MapSizes,
+    error::{During as _, KernelError},
+};
 
 /// Maps of the node that this room writes or reads.
 pub(super) struct Shared {
@@ -25,11 +28,13 @@ pub(super) struct Shared {
     own_addresses: HashMap<MapData, OwnAddressKey, u8>,
     counters: PerCpuArray<MapData, u64>,
     state: Array<MapData, u64>,
+    sizes: MapSizes,
 }
 
 impl Shared {
-    pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
+    pub(super) fn open(folder: &Path, sizes: MapSizes) -> Result<Self, KernelError> {
         Ok(Self {
+            sizes,
             workloads: HashMap::try_from(Map::HashMap(pinned(folder, names::MAP_WORKLOADS)?))
                 .during(|| opening(names::MAP_WORKLOADS))?,
             own_addresses: HashMap::try_from(Map::HashMap(pinned(folder, names::MAP_OWN_ADDRESSES)?))
@@ -67,26 +72,34 @@ impl Shared {
 
     pub(super) fn capture(&mut self, netns_cookie: u64, number: WorkloadNumber) -> Result<(), KernelError> {
         let value = WorkloadValue { number, flags: WORKLOAD_CAPTURE };
-        within(self.workloads.insert(&netns_cookie, &value, 0), names::MAP_WORKLOADS, limits::WORKLOADS_MAX)
+        within(self.workloads.insert(&netns_cookie, &value, 0), names::MAP_WORKLOADS, self.sizes.workloads)
     }
 
     pub(super) fn uncapture(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
         gone(self.workloads.remove(&netns_cookie), names::MAP_WORKLOADS)
     }
 
-    /// Makes `addresses` the own addresses of a workload: new ones first, so that none is missing in between.
+    /// Makes `addresses` the own addresses of a workload: new ones first, so that none is missing in between. At the limit
+    /// nothing is changed.
     pub(super) fn set_own_addresses(
         &mut self,
         workload: WorkloadNumber,
         addresses: &BTreeSet<IpAddr>,
     ) -> Result<(), KernelError> {
+        let mut added = Vec::new();
         for address in addresses {
             let key = OwnAddressKey { workload, address: Address::from(*address) };
-            within(
-                self.own_addresses.insert(&key, &0, 0),
-                names::MAP_OWN_ADDRESSES,
-                limits::OWN_ADDRESSES_MAX,
-            )?;
+            if self.own_addresses.get(&key, 0).is_ok() {
+                continue;
+            }
+            let inserted = self.own_addresses.insert(&key, &0, 0);
+            if let Err(error) = within(inserted, names::MAP_OWN_ADDRESSES, self.sizes.own_addresses) {
+                for key in added {
+                    gone(self.own_addresses.remove(&key), names::MAP_OWN_ADDRESSES)?;
+                }
+                return Err(error);
+            }
+            added.push(key);
         }
         let keys: Vec<OwnAddressKey> = self
             .own_addresses
@@ -218,9 +231,7 @@ fn replace<K: Pod + PartialEq, V: Pod>(
     name: &'static str,
     limit: u32,
 ) -> Result<(), KernelError> {
-    if u32::try_from(entries.len()).map_or(true, |wanted| wanted > limit) {
-        return Err(full(name, limit));
-    }
+    check_count(entries.len(), name, limit)?;
     for (key, value) in entries {
         within(map.insert(key, value, 0), name, limit)?;
     }
@@ -243,6 +254,20 @@ pub(super) fn within(
         }
         other => other.during(|| writing(map)),
     }
+}
+
+/// Whether so many own addresses fit into one namespace.
+pub(super) fn check_addresses(count: usize) -> Result<(), KernelError> {
+    check_count(count, names::MAP_STEER_ADDRESSES, limits::STEER_ADDRESSES_MAX)
+}
+
+/// Whether so many ports of one namespace fit.
+pub(super) fn check_ports(count: usize) -> Result<(), KernelError> {
+    check_count(count, names::MAP_STEER_PORTS, limits::STEER_PORTS_MAX)
+}
+
+fn check_count(count: usize, map: &'static str, limit: u32) -> Result<(), KernelError> {
+    if u32::try_from(count).is_ok_and(|count| count <= limit) { Ok(()) } else { Err(full(map, limit)) }
 }
 
 fn full(map: &'static str, limit: u32) -> KernelError {

@@ -53,7 +53,7 @@ use std::{
 };
 
 use ebpf_abi::{
-    DropReason, Verdict, WorkloadNumber,
+    DropReason, Verdict, WorkloadNumber, limits,
     names::{self, STATE_CGROUP, STATE_EPOCH},
 };
 
@@ -63,7 +63,7 @@ pub use origins::{Announced, Deliveries, Exempt, Origins};
 use crate::sys::cgroup::cgroup_id;
 use enrolment::{Workload, check_listeners};
 use load::Purpose;
-use maps::{Shared, Steering};
+use maps::{Shared, Steering, check_addresses};
 use pins::Pins;
 
 /// The oldest kernel that has everything: bpf_set_retval came last.
@@ -80,6 +80,25 @@ pub struct KernelConfig {
     pub cgroup: PathBuf,
     /// Our bits in the mark of captured sockets; not 0.
     pub mark: u32,
+    pub sizes: MapSizes,
+}
+
+/// Sizes of the node's maps: the limits, smaller in tests. Those that a predecessor pinned have the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSizes {
+    pub workloads: u32,
+    pub own_addresses: u32,
+    pub origins: u32,
+}
+
+impl Default for MapSizes {
+    fn default() -> Self {
+        Self {
+            workloads: limits::WORKLOADS_MAX,
+            own_addresses: limits::OWN_ADDRESSES_MAX,
+            origins: limits::ORIGINS_MAX,
+        }
+    }
 }
 
 /// A workload that is to be put under capture.
@@ -158,8 +177,8 @@ impl Kernel {
             });
         }
         let pins = Pins::prepare(config)?;
-        let mut instance = load::instance(Purpose::Node, config.mark, &pins.maps())?;
-        let mut shared = Shared::open(&pins.maps())?;
+        let mut instance = load::instance(Purpose::Node, config, &pins.maps())?;
+        let mut shared = Shared::open(&pins.maps(), config.sizes)?;
         // Loaded for the answer only: every namespace gets an instance of its own.
         load::load(&mut instance, names::PROGRAM_STEER)?;
         let cgroup =
@@ -243,14 +262,20 @@ impl Kernel {
     pub fn addresses(&mut self, number: WorkloadNumber, addresses: &[IpAddr]) -> Result<(), KernelError> {
         self.check_owner()?;
         let addresses: BTreeSet<IpAddr> = addresses.iter().copied().collect();
-        let workload = self.workloads.get_mut(&number).ok_or(KernelError::Unknown(number))?;
+        let workload = self.workloads.get(&number).ok_or(KernelError::Unknown(number))?;
         let is_pod = workload.cgroup == 0;
         if is_pod {
-            Steering::open(&workload.folder)?.set_addresses(&addresses)?;
+            check_addresses(addresses.len())?;
+        } else {
+            self.check_host_room(number, &addresses, &workload.ports)?;
         }
-        workload.addresses = addresses.clone();
         self.shared.set_own_addresses(number, &addresses)?;
-        if is_pod { Ok(()) } else { self.write_host() }
+        let workload = self.workloads.get_mut(&number).ok_or(KernelError::Unknown(number))?;
+        workload.addresses = addresses;
+        if is_pod {
+            return Steering::open(&workload.folder)?.set_addresses(&workload.addresses);
+        }
+        self.write_host()
     }
 
     /// Changes the ports at which connections to a pod are left alone.
@@ -263,21 +288,26 @@ impl Kernel {
                 problem: "a host workload has inbound ports; every other port is left alone",
             });
         }
-        workload.ports = ports.iter().copied().collect();
-        Steering::open(&workload.folder)?.set_exempt_ports(&workload.ports)
+        let ports = ports.iter().copied().collect();
+        Steering::open(&workload.folder)?.set_exempt_ports(&ports)?;
+        workload.ports = ports;
+        Ok(())
     }
 
     /// Changes the ports that a host workload serves.
     pub fn inbound_ports(&mut self, number: WorkloadNumber, ports: &[u16]) -> Result<(), KernelError> {
         self.check_owner()?;
-        let workload = self.workloads.get_mut(&number).ok_or(KernelError::Unknown(number))?;
+        let ports: BTreeSet<u16> = ports.iter().copied().collect();
+        let workload = self.workloads.get(&number).ok_or(KernelError::Unknown(number))?;
         if workload.cgroup == 0 {
             return Err(KernelError::Order {
                 key: workload.key.clone(),
                 problem: "a pod has exempt ports; every other port is inbound",
             });
         }
-        workload.ports = ports.iter().copied().collect();
+        self.check_host_room(number, &workload.addresses, &ports)?;
+        let workload = self.workloads.get_mut(&number).ok_or(KernelError::Unknown(number))?;
+        workload.ports = ports;
         self.write_host()
     }
 

@@ -246,6 +246,17 @@ mod tests {
     }
 
     #[test]
+    fn a_name_is_readable_up_to_the_limit_and_has_a_hash_beyond() {
+        let longest = "a".repeat(NAME_LEN_MAX);
+        assert_eq!(encode(&longest), longest);
+        for longer in [format!("{longest}a"), format!("{longest}b")] {
+            let encoded = encode(&longer);
+            assert!(encoded.starts_with(&longest), "{encoded}");
+            assert_eq!(encoded.len(), NAME_LEN_MAX + 1 + 2 * HASH_BYTES, "{encoded}");
+        }
+    }
+
+    #[test]
     fn capture_is_removed_first_and_maps_last() {
         let mut names = ["COUNTERS", "steer", "guard_egress", "connect4", "socket_events", "connect6-new"];
         names.sort_by_key(|name| rank(Path::new(name)));
