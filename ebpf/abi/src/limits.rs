@@ -1,10 +1,12 @@
 //! Sizes of maps, each with its reckoning and what happens at the limit.
 
 /// Workloads with a network namespace of their own. A node runs 110 to 500 pods; nested and dying ones double it.
-/// At the limit the enrolment fails and the workload stays closed.
+/// At the limit the enrolment fails and is undone: the workload is refused, which is told, and tried again. The others stay
+/// as they are.
 pub const WORKLOADS_MAX: u32 = 4_096;
 
-/// Own addresses over all workloads: 16 for each of [`WORKLOADS_MAX`]. At the limit the enrolment fails.
+/// Own addresses over all workloads: 16 for each of [`WORKLOADS_MAX`]. At the limit the enrolment, or the
+/// change of addresses, fails and changes nothing.
 pub const OWN_ADDRESSES_MAX: u32 = 65_536;
 
 /// Own addresses of one namespace. A pod has a handful; a host with bridges and service addresses may have a hundred or two.
@@ -42,3 +44,11 @@ pub const KEY_LEN_MAX: usize = 320;
 /// How long after its end a connection of a host workload is still attributed, in nanoseconds. The kernel keeps the port
 /// pair in TIME_WAIT for at least 1 s before it may be used again, so no other socket can own it within this time.
 pub const ORIGIN_AFTER_CLOSE_NANOS: u64 = 1_000_000_000;
+
+// Arrays have no limit to be reached: what needs a slot has one.
+const _: () = {
+    assert!(crate::names::STATE_EPOCH < STATE_MAX);
+    assert!(crate::names::STATE_LAST_NUMBER < STATE_MAX);
+    assert!(crate::names::STATE_CGROUP < STATE_MAX);
+    assert!(crate::SocketSlot::ALL.len() == SOCKETS_MAX as usize);
+};

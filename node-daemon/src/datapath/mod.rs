@@ -26,11 +26,11 @@ mod tunnel;
 #[cfg(test)]
 mod host_tests;
 #[cfg(test)]
-mod limit_tests;
-#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_of_limits;
 
 use std::{
     collections::BTreeMap,

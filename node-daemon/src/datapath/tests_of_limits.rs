@@ -339,11 +339,9 @@ async fn what_waits_to_be_sent_to_a_peer_that_does_not_read_is_bounded() {
             let mut requests = requests.ready().await.expect("open");
             let asked = requests.send_request(connect_request(0), false).expect("open");
             let (mut answer, stream) = asked;
-            loop {
-                tokio::select! {
-                    _ = &mut connection => unreachable!("both ends are open"),
-                    answer = &mut answer => break (answer.expect("taken"), stream, connection, requests),
-                }
+            tokio::select! {
+                _ = &mut connection => unreachable!("both ends are open"),
+                answer = &mut answer => (answer.expect("taken"), stream, connection, requests),
             }
         },
         async {
