@@ -1,7 +1,7 @@
 //! A node's daemon: everything that reads, writes, listens or waits. Decisions are in [`node_core`].
 //!
 //! In reading order: what the operator says ([`config`]), documents to snapshots ([`control`]), who is who ([`certs`]), who is
-//! under capture ([`enrol`], [`kernel`]), one connection from end to end ([`datapath`]). Beneath them [`net`] and [`sys`]; beside
+//! under capture ([`enrol`], [`kernel`]), whose tokens count ([`jwks`]), one connection from end to end ([`datapath`]). Beneath them [`net`] and [`sys`]; beside
 //! them [`telemetry`] and [`admin`]. [`place`] is the daemon's hold on its node, [`app`] wires all of it.
 #![deny(unsafe_code)]
 
@@ -14,6 +14,8 @@ pub mod certs;
 pub mod enrol;
 
 pub mod kernel;
+
+pub mod jwks;
 
 pub mod datapath;
 

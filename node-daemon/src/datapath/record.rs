@@ -99,6 +99,10 @@ impl From<Cut> for Ending {
                 Reason::Route(RouteReason::NoEndpoints),
                 "the way that it took leads there no longer",
             ),
+            Cut::Rejudged => Self::broken(
+                Reason::Rejudged,
+                "its port is judged by requests, and was not, or the other way round",
+            ),
             Cut::WorkloadLeft => Self::broken(Reason::WorkloadLeft, "its workload left the mesh, or changed"),
             Cut::Drained => Self::broken(Reason::Drained, "the daemon drained for its full time"),
         }

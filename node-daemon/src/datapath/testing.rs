@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     certs::{self, testing::Ca},
+    jwks::{self, KeysConfig},
     net::DialError,
     telemetry::Sink,
 };
@@ -126,6 +127,7 @@ impl Node {
         documents: Vec<Value>,
         limits: Limits,
     ) -> Arc<Self> {
+        let keys = KeysConfig { allow: vec!["127.0.0.0/8".parse().expect("a range")], http: true, ..KeysConfig::default() };
         let mut store = Store::new(name, "cluster.local".parse().expect("a trust domain"));
         let problems = store.apply(Update::replace("mesh.yaml", documents));
         assert_eq!(problems, [], "the documents of the test are good");
@@ -134,6 +136,7 @@ impl Node {
         let shared = Arc::new(Shared::new(&Inputs {
             snapshots: receiver,
             credentials,
+            keys: jwks::Store::start(keys, events.clone()).expect("no file of roots is given"),
             workloads: mpsc::channel(1).1,
             events: events.clone(),
             limits,
@@ -243,6 +246,11 @@ impl Wires {
         let (sender, receiver) = mpsc::channel(64);
         self.set(address, Answer::Server(sender));
         receiver
+    }
+
+    /// Nobody answers there any more.
+    pub(super) fn forget(&self, address: SocketAddr) {
+        self.answers.lock().expect("no panic").remove(&address);
     }
 
     /// How often `address` was dialled.

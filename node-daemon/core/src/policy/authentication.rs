@@ -95,6 +95,11 @@ impl Authentication {
             || self.origins.iter().any(|step| !step.is_optional)
     }
 
+    /// Whether it looks at tokens at all.
+    pub(super) fn asks_anything(&self) -> bool {
+        self.asks() || !self.origins.is_empty()
+    }
+
     /// Who refuses every connection that is judged without its requests.
     pub(super) fn refuses_connections(&self) -> Option<&Arc<str>> {
         let origin = self.origins.iter().find(|step| !step.is_optional).map(|step| &step.policy);

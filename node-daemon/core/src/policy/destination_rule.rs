@@ -53,7 +53,21 @@ impl TlsMode {
     }
 }
 
+/// What the complete name of a service ends with.
+const SERVICE_SUFFIX: &str = "svc.cluster.local";
+
 impl DestinationRule {
+    /// How much the rule's host says about `host`, a complete name; `None`: it is for another one. A short name is of the
+    /// rule's own namespace.
+    pub(super) fn specificity(&self, host: &str, own_namespace: &str) -> Option<(bool, usize)> {
+        if let Some(end) = self.host.strip_prefix('*') {
+            return host.ends_with(end).then_some((false, end.len()));
+        }
+        let is_short = !self.host.contains('.');
+        let complete = format!("{}.{own_namespace}.{SERVICE_SUFFIX}", self.host);
+        (self.host == host || (is_short && complete == host)).then_some((true, self.host.len()))
+    }
+
     /// The setting for one port of the host: the subset's, else the port's block, else the rule's.
     pub(crate) fn tls(&self, port: Option<u16>, subset: Option<&str>) -> Option<&TlsSettings> {
         let of_subset = subset.and_then(|name| self.subsets.get(name)).and_then(|policy| policy.tls(port));

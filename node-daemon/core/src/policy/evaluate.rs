@@ -112,8 +112,8 @@ pub(super) fn seen<'a>(
 ) -> Seen<'a> {
     Seen {
         peer: visible_identity(facts, port).map(Peer::of),
-        source_address: Some(canonical(facts.source_address)),
-        destination_address: Some(canonical(facts.destination_address)),
+        source_address: canonical(facts.source_address),
+        destination_address: canonical(facts.destination_address),
         destination_port: facts.destination_port,
         server_name: server_name(&facts.presented),
         metadata: None,

@@ -178,6 +178,12 @@ impl Glob {
     }
 }
 
+impl fmt::Display for Glob {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
 /// A service account of the current API: `namespace/account`, or `account` in the policy's own namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Account {

@@ -15,9 +15,11 @@
 mod authentication;
 mod authn_v1alpha1;
 mod book;
+mod client;
 mod compile;
 mod destination_rule;
 mod evaluate;
+mod explain;
 mod matching;
 mod objects;
 mod origins;
@@ -34,14 +36,17 @@ mod status;
 mod tests;
 pub mod tokens;
 mod transport;
+pub(crate) mod trial;
 
 use std::{net::IpAddr, sync::Arc};
 
 use spiffe_id::SpiffeId;
 
 pub use self::{
+    client::{ClientFacts, ClientMode, ClientTls, ServerMode, client_tls, may_answer},
     compile::{Compiled, Inventory, compile},
     destination_rule::{TlsMode, TlsSettings},
+    explain::{Considered, Explanation, Mismatch},
     objects::PolicyObjects,
     origins::KeySetAddress,
     paths::PathFault,
@@ -51,6 +56,12 @@ pub use self::{
     },
     seen::{Headers, RESERVED_NAMES, RESERVED_PREFIX},
     status::ObjectStatus,
+};
+pub(crate) use self::{
+    destination_rule::tls_of,
+    explain::reason,
+    seen::{Metadata, header},
+    tokens::claims_of,
 };
 use crate::workload::{ObjectName, Workload};
 

@@ -68,6 +68,28 @@ impl PolicyObjects {
         self.entries.remove(&(kind.to_owned(), name.clone()));
     }
 
+    /// The rule for connections from `client_namespace` to a service, by its complete name: of the client's namespace,
+    /// else of the service's, else of the root namespace; in each the one whose host says most (policy C).
+    pub(crate) fn destination_rule(
+        &self,
+        host: &str,
+        client_namespace: &str,
+        service_namespace: &str,
+        root_namespace: &str,
+    ) -> Option<(&Arc<str>, &DestinationRule)> {
+        [client_namespace, service_namespace, root_namespace].into_iter().find_map(|namespace| {
+            let rules = self.entries.iter().filter_map(|((_, name), entry)| match &entry.good {
+                Some(Good { label, body: Body::DestinationRule(rule), .. }) => Some((name, label, rule)),
+                _ => None,
+            });
+            let here = rules.filter(|(name, ..)| *name.namespace == *namespace);
+            let fitting = here.filter_map(|(name, label, rule)| {
+                Some((rule.specificity(host, &name.namespace)?, std::cmp::Reverse(name), label, rule))
+            });
+            fitting.max_by_key(|(rank, name, ..)| (*rank, *name)).map(|(_, _, label, rule)| (label, rule))
+        })
+    }
+
     pub(super) fn entries(&self) -> impl Iterator<Item = (&str, &ObjectName, &Entry)> {
         self.entries.iter().map(|((kind, name), entry)| (kind.as_str(), name, entry))
     }

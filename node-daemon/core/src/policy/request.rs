@@ -6,13 +6,13 @@ use std::borrow::Cow;
 
 use super::{
     ConnectionFacts, Denial, DenialReason, Permit, Verdict,
-    authentication::{Authenticated, Principal, Sender, Unauthenticated},
+    authentication::{Authenticated, PEER_FAILED, Principal, Sender, Unauthenticated},
     compile::Compiled,
     evaluate::{seen, visible_identity},
     matching::Text,
     paths::{Path, PathFault},
     rules::PortRules,
-    seen::{Headers, RESERVED_NAMES, SeenRequest, SeenToken, header},
+    seen::{Headers, RESERVED_NAMES, Seen, SeenRequest, SeenToken, header},
     tokens::{TokenFault, TokenRules, Tokens},
 };
 use crate::workload::{Protocol, TransportMode, Workload};
@@ -146,6 +146,20 @@ const GRPC_PERMISSION_DENIED: u8 = 7;
 const GRPC_UNAUTHENTICATED: u8 = 16;
 
 impl RequestDenial {
+    pub(crate) fn new(
+        kind: RequestDenialKind,
+        reason: DenialReason,
+        verdict: Verdict,
+        headers: &dyn Headers,
+    ) -> Self {
+        Self { kind, reason, verdict, token_fault: None, is_grpc: is_grpc(headers) }
+    }
+
+    fn not_enrolled(denial: Denial, request: &RequestFacts<'_>) -> Self {
+        Self::new(RequestDenialKind::Denied, denial.reason, denial.verdict, request.headers)
+    }
+
+    /// What the client is told.
     pub fn answer(&self) -> Answer<'_> {
         let (status, code, text) = match &self.kind {
             RequestDenialKind::BadPath(_) => (400, GRPC_INVALID_ARGUMENT, BAD_PATH_BODY),
@@ -211,51 +225,46 @@ impl Compiled {
         connection: &ConnectionFacts,
         request: &RequestFacts<'_>,
     ) -> Result<RequestPermit, RequestDenial> {
-        let is_grpc = is_grpc(request.headers);
-        let refuse =
-            |kind, reason, verdict| RequestDenial { kind, reason, verdict, token_fault: None, is_grpc };
-        let port = self
-            .port(connection)
-            .map_err(|denial| refuse(RequestDenialKind::Denied, denial.reason, denial.verdict))?;
-        let verdict = || port.verdict(connection);
-        let path =
-            request.path.map(|path| Path::normalise(path, request.method)).transpose().map_err(|fault| {
-                refuse(RequestDenialKind::BadPath(fault), DenialReason::BadPath, verdict())
-            })?;
-        let known =
-            self.identify(connection, request, path.as_ref(), port).map_err(|refused| RequestDenial {
-                kind: RequestDenialKind::Unauthenticated(refused.text),
-                reason: refused.reason,
-                verdict: Verdict { policy: refused.policy, ..verdict() },
-                token_fault: refused.fault,
-                is_grpc,
-            })?;
-        let token = known.token.map(|token| SeenToken {
-            issuer_and_subject: token.issuer_and_subject(),
-            audience: token.audience.as_deref(),
-            presenter: token.presenter.as_deref(),
-            claims: &token.claims,
-            spaced: known.rule.map_or(&[], |rule| &rule.spaced),
-        });
-        let asked = SeenRequest {
-            method: Some(request.method),
-            path: path.as_ref().map(Path::matched),
-            host: request.host.map(lower_case),
-            headers: request.headers,
-            principal: match known.principal {
-                Principal::Unset => None,
-                Principal::Peer(peer) => Some(Text::principal(peer)),
-                Principal::Token(principal) => Some(Text::plain(principal)),
-            },
-            token,
-        };
-        let mut seen = seen(connection, port, Some(&asked));
-        seen.peer = seen.peer.filter(|_| known.peer.is_some());
-        let (answer, judged) = port.judge(&seen, verdict());
+        let port = self.port(connection).map_err(|denial| RequestDenial::not_enrolled(denial, request))?;
+        let path = port.path(connection, request)?;
+        let known = self.identify(connection, request, path.as_ref(), port)?;
+        let asked = asked(request, path.as_ref(), &known);
+        let seen = seen_of(connection, port, &asked, &known);
+        let (answer, verdict) = port.judge(&seen, port.verdict(connection));
         match answer {
-            Ok(()) => Ok(port.permit(judged, &known, path.as_ref(), request)),
-            Err(reason) => Err(refuse(RequestDenialKind::Denied, reason, judged)),
+            Ok(()) => Ok(port.permit(verdict, &known, path.as_ref(), request)),
+            Err(reason) => {
+                Err(RequestDenial::new(RequestDenialKind::Denied, reason, verdict, request.headers))
+            }
         }
+    }
+
+    /// Hands on what rules see of a request whose sender is known.
+    pub(super) fn with_seen<T>(
+        &self,
+        connection: &ConnectionFacts,
+        request: &RequestFacts<'_>,
+        use_it: impl FnOnce(&Seen<'_>) -> T,
+    ) -> Option<T> {
+        let port = self.port(connection).ok()?;
+        let path = port.path(connection, request).ok()?;
+        let known = self.identify(connection, request, path.as_ref(), port).ok()?;
+        let asked = asked(request, path.as_ref(), &known);
+        Some(use_it(&seen_of(connection, port, &asked, &known)))
+    }
+
+    /// The first half of [`Self::judge_request`]: who sends it (policy A-7).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn authenticate_request(
+        &self,
+        connection: &ConnectionFacts,
+        request: &RequestFacts<'_>,
+    ) -> Result<Attributes, RequestDenial> {
+        let port = self.port(connection).map_err(|denial| RequestDenial::not_enrolled(denial, request))?;
+        let path = port.path(connection, request)?;
+        self.identify(connection, request, path.as_ref(), port).map(|known| Attributes::of(&known))
     }
 
     fn identify<'a>(
@@ -264,7 +273,7 @@ impl Compiled {
         request: &RequestFacts<'a>,
         path: Option<&'a Path<'a>>,
         port: &'a PortRules,
-    ) -> Result<Authenticated<'a>, Unauthenticated> {
+    ) -> Result<Authenticated<'a>, RequestDenial> {
         let peer = visible_identity(connection, port);
         let is_missing = port.transport.mode == TransportMode::Strict && peer.is_none();
         let is_unusable = port.transport.is_unusable;
@@ -275,8 +284,7 @@ impl Compiled {
             headers: request.headers,
             tokens: request.tokens,
         };
-        let result = port.authentication.authenticate(&sender);
-        match result {
+        let known = match port.authentication.authenticate(&sender) {
             // Plaintext is refused as such: peerIsOptional does not let it in (policy A-6).
             Ok(_) if is_unusable || is_missing => Err(Unauthenticated {
                 reason: if is_unusable {
@@ -285,11 +293,18 @@ impl Compiled {
                     DenialReason::PlaintextRefused
                 },
                 policy: port.transport.policy.clone(),
-                text: super::authentication::PEER_FAILED.to_owned(),
+                text: PEER_FAILED.to_owned(),
                 fault: None,
             }),
-            result => result,
-        }
+            known => known,
+        };
+        known.map_err(|refused| {
+            let policy = refused.policy.or_else(|| port.transport.policy.clone());
+            let verdict = Verdict { policy, ..port.verdict(connection) };
+            let kind = RequestDenialKind::Unauthenticated(refused.text);
+            let denial = RequestDenial::new(kind, refused.reason, verdict, request.headers);
+            RequestDenial { token_fault: refused.fault, ..denial }
+        })
     }
 
     /// Under a policy without mtls nobody is a peer, and nobody a foreign one (policy A-8).
@@ -298,7 +313,56 @@ impl Compiled {
     }
 }
 
+/// A peer that failed its step is nobody (policy A-8).
+fn seen_of<'a>(
+    connection: &'a ConnectionFacts,
+    port: &PortRules,
+    asked: &'a SeenRequest<'a>,
+    known: &Authenticated<'_>,
+) -> Seen<'a> {
+    let seen = seen(connection, port, Some(asked));
+    Seen { peer: seen.peer.filter(|_| known.peer.is_some()), ..seen }
+}
+
+/// The request as rules see it.
+fn asked<'a>(
+    request: &RequestFacts<'a>,
+    path: Option<&'a Path<'a>>,
+    known: &Authenticated<'a>,
+) -> SeenRequest<'a> {
+    SeenRequest {
+        method: Some(request.method),
+        path: path.map(Path::matched),
+        host: request.host.map(lower_case),
+        headers: request.headers,
+        principal: match known.principal {
+            Principal::Unset => None,
+            Principal::Peer(peer) => Some(Text::principal(peer)),
+            Principal::Token(principal) => Some(Text::plain(principal)),
+        },
+        token: known.token.map(|token| SeenToken {
+            issuer_and_subject: token.issuer_and_subject(),
+            audience: token.audience.as_deref(),
+            presenter: token.presenter.as_deref(),
+            claims: &token.claims,
+            spaced: known.rule.map_or(&[], |rule| &rule.spaced),
+        }),
+    }
+}
+
 impl PortRules {
+    fn path<'a>(
+        &self,
+        connection: &ConnectionFacts,
+        request: &RequestFacts<'a>,
+    ) -> Result<Option<Path<'a>>, RequestDenial> {
+        let path = request.path.map(|path| Path::normalise(path, request.method)).transpose();
+        path.map_err(|fault| {
+            let kind = RequestDenialKind::BadPath(fault);
+            RequestDenial::new(kind, DenialReason::BadPath, self.verdict(connection), request.headers)
+        })
+    }
+
     fn permit(
         &self,
         verdict: Verdict,

@@ -151,6 +151,15 @@ pub(super) enum MetadataPattern {
     Whole(Pattern),
 }
 
+impl std::fmt::Display for MetadataPattern {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Element(pattern) => write!(formatter, "[{pattern}]"),
+            Self::Whole(pattern) => pattern.fmt(formatter),
+        }
+    }
+}
+
 impl MetadataPattern {
     pub(super) fn new(written: &str) -> Self {
         let inner = written.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
@@ -179,9 +188,9 @@ impl Values {
             Self::Request(..) | Self::Paths(_) | Self::TokenPrincipals(_) => seen.request.is_some(),
             Self::Metadata { .. } => seen.metadata.is_some(),
             Self::Undecidable => false,
-            Self::SourceAddresses(_) => seen.source_address.is_some(),
-            Self::DestinationAddresses(_) => seen.destination_address.is_some(),
-            Self::Principals(_)
+            Self::SourceAddresses(_)
+            | Self::DestinationAddresses(_)
+            | Self::Principals(_)
             | Self::NamespaceGlobs(_)
             | Self::Namespaces(_)
             | Self::ServiceAccounts(_)
@@ -197,9 +206,7 @@ impl Values {
         let of_peer = |patterns: &[Pattern], piece: fn(Peer<'_>) -> &str| {
             peer.is_some_and(|peer| any(patterns, Some(Text::plain(piece(peer)))))
         };
-        let contain = |networks: &[IpNet], address: Option<IpAddr>| {
-            address.is_some_and(|address| networks.iter().any(|network| network.contains(&address)))
-        };
+        let contain = |networks: &[IpNet], address: IpAddr| networks.iter().any(|n| n.contains(&address));
         let in_request = |ask: &dyn Fn(&SeenRequest<'_>) -> bool| seen.request.is_some_and(ask);
         match self {
             Self::Principals(patterns) => any(patterns, peer.map(|peer| peer.principal)),
@@ -319,7 +326,7 @@ pub(super) struct Holder {
 
 /// All that decides about connections to one port of one workload.
 #[derive(Clone, Debug)]
-pub(super) struct PortRules {
+pub(crate) struct PortRules {
     pub(super) service: Option<ObjectName>,
     pub(super) protocol: Protocol,
     pub(super) transport: Transport,
@@ -345,7 +352,7 @@ pub(super) struct Transport {
 
 /// Who may use the port.
 #[derive(Clone, Debug)]
-pub(super) enum Authorisation {
+pub(crate) enum Authorisation {
     /// Nothing is in force (policy B-1, F-3).
     Open,
     /// The named object cannot be read, and it might deny (policy A-3, G-23).

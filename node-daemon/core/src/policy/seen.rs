@@ -59,8 +59,8 @@ pub const RESERVED_NAMES: [&str; 2] = ["sec-istio-auth-userinfo", "sec-istio-aut
 pub(crate) struct Seen<'a> {
     /// `None` where nothing was proven, or where the mode hides it (policy B-9).
     pub(crate) peer: Option<Peer<'a>>,
-    pub(crate) source_address: Option<IpAddr>,
-    pub(crate) destination_address: Option<IpAddr>,
+    pub(crate) source_address: IpAddr,
+    pub(crate) destination_address: IpAddr,
     pub(crate) destination_port: u16,
     pub(crate) server_name: Option<&'a str>,
     /// What a filter of the destination's protocol told; `None`: there is no such filter (policy B-6).

@@ -19,8 +19,8 @@ use self::directory::{Directory, Owner};
 use crate::{
     decode::{DeclaredWorkload, Enrolment, Source},
     policy::{
-        self, Compiled, ConnectionFacts, Denial, DenialReason, Inventory, ObjectStatus, Permit,
-        PolicyObjects, Verdict,
+        self, Admission, Compiled, ConnectionFacts, Denial, DenialReason, Inventory, ObjectStatus, Permit,
+        PolicyObjects, RequestDenial, RequestFacts, RequestPermit, Verdict, tokens::TokenRules,
     },
     store::Problem,
     workload::{Mesh, ObjectName, Service, TransportMode, Workload},
@@ -165,6 +165,34 @@ impl Snapshot {
         self.compiled.authorise(facts)
     }
 
+    /// May this connection come in, and is it judged as a whole or request by request?
+    ///
+    /// # Errors
+    /// As [`Snapshot::authorise`].
+    pub fn admit(&self, facts: &ConnectionFacts) -> Result<Admission, Denial> {
+        if self.unreadable.is_some() {
+            return Err(Denial { reason: DenialReason::PolicyUnusable, verdict: Verdict::default() });
+        }
+        self.compiled.admit(facts)
+    }
+
+    /// Whose tokens count on this port, if anybody's.
+    pub fn token_rules(&self, destination: &Workload, port: u16) -> Option<&TokenRules> {
+        self.compiled.token_rules(destination, port)
+    }
+
+    /// May one request of a connection that was [admitted](Snapshot::admit) by this snapshot reach the workload?
+    ///
+    /// # Errors
+    /// What the client is told, and who decided.
+    pub fn judge_request(
+        &self,
+        connection: &ConnectionFacts,
+        request: &RequestFacts<'_>,
+    ) -> Result<RequestPermit, RequestDenial> {
+        self.compiled.judge_request(connection, request)
+    }
+
     /// What became of each policy object.
     pub fn statuses(&self) -> &[ObjectStatus] {
         self.compiled.statuses()
@@ -198,6 +226,16 @@ impl Snapshot {
             None => Route::Refused(RouteRefusal::SecureNamingEmpty(destination.name.clone())),
         }
     }
+}
+
+/// Who may answer for a service with these endpoints (policy D).
+pub(crate) fn identities_of<'w>(
+    endpoints: impl Iterator<Item = &'w Workload>,
+    service: &Service,
+    mesh: &Mesh,
+) -> Arc<BTreeSet<SpiffeId>> {
+    let (named, _) = naming::of_annotations(service, mesh);
+    naming::answering(endpoints, named, mesh)
 }
 
 /// What the store gives.

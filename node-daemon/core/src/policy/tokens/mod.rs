@@ -13,12 +13,12 @@ use std::{borrow::Cow, sync::Arc};
 
 use serde_json::Value;
 
-pub(super) use self::verify::claims_of;
+pub(crate) use self::verify::claims_of;
 pub use self::{
     encoding::{decode as decode_base64url, encode as encode_base64url},
-    keys::{InvalidKeySet, Key, KeyMaterial, KeySet},
+    keys::{InvalidKeySet, KEYS_MAX, Key, KeyMaterial, KeySet},
     locate::Candidate,
-    verify::{Algorithm, TokenFault, VerifiedToken, check_claims},
+    verify::{Algorithm, TOKEN_BYTES_MAX, TokenFault, VerifiedToken, check_claims},
 };
 use super::seen::Headers;
 

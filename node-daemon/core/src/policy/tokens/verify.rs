@@ -236,11 +236,7 @@ fn bare(audience: &str) -> &str {
 }
 
 /// The texts of a claim, or of one inside it: a text or a list of texts. Nothing else is told (policy A-14).
-pub(in crate::policy) fn claims_of<'c>(
-    claims: &'c Value,
-    path: &[Box<str>],
-    spaced: &[String],
-) -> Vec<Cow<'c, str>> {
+pub(crate) fn claims_of<'c>(claims: &'c Value, path: &[Box<str>], spaced: &[String]) -> Vec<Cow<'c, str>> {
     let value = path.iter().try_fold(claims, |value, name| value.get(&**name));
     let is_list = |name: &str| LIST_CLAIMS.contains(&name) || spaced.iter().any(|other| *other == *name);
     match (value, path) {
