@@ -311,6 +311,9 @@ fn list(folder: &Path) -> Result<Vec<Arc<str>>, Unreadable> {
 /// # Errors
 /// Why it cannot be read, or is longer than `bytes_max`.
 pub fn read(path: &Path, bytes_max: u64) -> Result<String, String> {
+    if path.is_dir() {
+        return Err("it is a folder: name a file".to_owned());
+    }
     match contents(path, bytes_max) {
         Ok(Some(text)) => Ok(text),
         Ok(None) => Err("there is no such file".to_owned()),
