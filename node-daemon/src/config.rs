@@ -599,6 +599,7 @@ mod tests {
         assert_eq!(config.hold.unknown_address, Duration::from_secs(5));
         assert_eq!(config.hold.dead_peer, Duration::from_secs(10));
         assert_eq!(config.drain, Duration::from_secs(30));
+        assert_eq!(config.jwks, JwksConfig::default());
         assert_eq!(config.log, LogConfig { format: LogFormat::Json, level: "info".to_owned() });
         assert_eq!(config.ca.trust_domain.to_string(), "cluster.local");
         assert_eq!(config.root.admin_socket(), Path::new("/r/run/culvert/admin.sock"));
@@ -649,6 +650,11 @@ mod tests {
         refused(&tail("log: {level: 'a=b=c'}"), "log.level: ", "level");
         refused(&tail("log: {level: inof}"), "log.level: found \"inof\"", "level");
         refused(&tail("log: {level: 'info,'}"), "log.level: ", "level");
+        refused(&tail("jwks: {allow: [host.example]}"), "jwks.allow: ", "not names");
+        refused(&tail("jwks: {allow: 10.0.0.0/8}"), "jwks.allow: ", "a list");
+        refused(&tail("jwks: {http: 1}"), "jwks.http: found 1", "true or false");
+        refused(&tail("jwks: {roots: ca.pem}"), "jwks.roots: ", "absolute");
+        refused(&tail("jwks: {redirects: true}"), "jwks.redirects: ", "no such key");
         refused(&tail("workers: 0"), "workers: found 0", "1 to 256");
         refused("- node\n", "the file: ", "map");
         refused("", "node: found nothing", "add node");

@@ -1,6 +1,6 @@
 //! `culvert`: what an operator asks of a node's daemon, over its admin socket, and of policies, without one.
-//! Exit status: 0 it answered, 1 the answer cannot be used or cases fall short, 2 there is no daemon, a file cannot be
-//! used, or the command line cannot.
+//! Exit status: 0 it answered, 1 the answer cannot be used, cases fall short or the answer is a no, 2 there is no daemon, a
+//! file cannot be used, or the command line cannot.
 
 use std::{
     io::{self, Write},
@@ -15,14 +15,19 @@ use node_daemon::{
         client::{self, AskError},
         status::Status,
     },
-    config::Root,
-    policy_tools::{self, Tested},
+    config::{Config, Root, Sources},
+    control::file,
+    policy_tools::{self, Question, Tested},
 };
+use spiffe_id::TrustDomain;
 use tokio::runtime::Builder;
 
 const FAILED: u8 = 1;
 const ABSENT: u8 = 2;
 const UNUSABLE: u8 = 2;
+
+/// Largest file of a token, in bytes: far more than servers accept in a header.
+const TOKEN_FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// Looks at the daemon of this node, and tests policies.
 #[derive(Parser)]
@@ -48,6 +53,9 @@ enum Command {
     /// Policies, without a daemon
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Why a connection or a request is allowed or denied, from documents alone. Exit status: 0 allowed, 1 denied,
+    /// 2 no answer
+    Why(Why),
 }
 
 #[derive(Subcommand)]
@@ -68,6 +76,31 @@ struct PolicyTest {
     only: Option<Pattern>,
 }
 
+#[derive(Args)]
+struct Why {
+    /// A workload or service account as namespace/name, an identity, or a workload's address
+    from: String,
+    /// A service or workload as namespace/name or by its name in DNS, or an address; with its port
+    #[arg(value_name = "TO:PORT")]
+    to: String,
+    #[arg(requires = "path")]
+    method: Option<String>,
+    /// With query
+    path: Option<String>,
+    /// A header of the request
+    #[arg(short = 'H', value_name = "NAME:VALUE", value_parser = header)]
+    header: Vec<(String, String)>,
+    /// File of a token, sent as Authorization: Bearer
+    #[arg(long, value_name = "FILE")]
+    jwt: Option<PathBuf>,
+    /// Folder of documents, policies and workloads [default: the daemon's, by ROOT/etc/culvert/node.yaml]
+    #[arg(long, value_name = "FOLDER")]
+    policies: Option<PathBuf>,
+    /// Trust domain of the mesh where --policies is used
+    #[arg(long, default_value = "cluster.local")]
+    trust_domain: TrustDomain,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Output {
     /// A line for each case that falls short, then the count
@@ -85,6 +118,7 @@ fn main() -> ExitCode {
         }),
         Command::Dump => ask(&command_line.root, "/dump", |text| Ok(text + "\n")),
         Command::Policy(PolicyCommand::Test(asked)) => policy_test(&asked),
+        Command::Why(asked) => why(&command_line.root, asked),
     }
 }
 
@@ -130,6 +164,39 @@ fn shown(tested: &Tested, output: Output) -> String {
         Output::Text => tested.report.lines().join("\n") + "\n",
         Output::Json => format!("{}\n", tested.report.json()),
     }
+}
+
+fn why(root: &Path, asked: Why) -> ExitCode {
+    let token = match asked.jwt.as_deref().map(|path| (path, file::read(path, TOKEN_FILE_BYTES_MAX))) {
+        None => None,
+        Some((_, Ok(text))) => Some(text.trim().to_owned()),
+        Some((path, Err(reason))) => {
+            return complain(UNUSABLE, &format!("{}: {reason}", path.display()));
+        }
+    };
+    let (folder, trust_domain) = match asked.policies {
+        Some(folder) => (folder, asked.trust_domain),
+        None => match Config::read(&Sources { root: root.to_owned(), ..Sources::default() }) {
+            Ok(config) => (config.workloads, config.ca.trust_domain),
+            Err(error) => {
+                return complain(UNUSABLE, &format!("{error}; or name a folder with --policies"));
+            }
+        },
+    };
+    let request = asked.method.zip(asked.path);
+    let question = Question { from: asked.from, to: asked.to, request, headers: asked.header, token };
+    match policy_tools::why(&folder, &trust_domain, &question) {
+        Ok(answer) => {
+            let status = if answer.allowed { ExitCode::SUCCESS } else { ExitCode::from(FAILED) };
+            print(&answer.to_string(), status)
+        }
+        Err(problem) => complain(UNUSABLE, &problem.to_string()),
+    }
+}
+
+fn header(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once(':').ok_or("expected a name, a colon and a value")?;
+    Ok((name.trim().to_owned(), value.trim().to_owned()))
 }
 
 fn print(text: &str, status: ExitCode) -> ExitCode {

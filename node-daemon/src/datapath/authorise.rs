@@ -10,9 +10,9 @@ use node_core::{
 
 use super::{
     Shared,
-    requests::Flights,
     live::{Judged, Registration},
     record::{Ending, Record},
+    requests::Flights,
 };
 
 /// How an inbound connection was admitted.
@@ -55,4 +55,3 @@ pub(super) fn enter(
     record.rejudged(&registration);
     Ok(registration)
 }
-

@@ -5,7 +5,10 @@ use std::{
     time::Duration,
 };
 
-use node_core::{policy::{Permit, RequestPermit}, workload::ObjectName};
+use node_core::{
+    policy::{Permit, RequestPermit},
+    workload::ObjectName,
+};
 use tokio::net::TcpStream;
 
 use super::{accept::Site, record::Ending};

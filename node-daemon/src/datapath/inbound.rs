@@ -20,10 +20,10 @@ use super::{
     authorise::{Admitted, admit},
     carry::{Prefixed, Side, carry},
     deliver::deliver,
-    requests::{self, Flights},
     identify::{self, Spoken},
     live::Registration,
     record::{Ending, Record, known_end, protocol_of, proven_end, workload_end},
+    requests::{self, Flights},
     tunnel::{self, Asked, HandshakeFailed, Secured},
 };
 use crate::{
@@ -322,14 +322,13 @@ async fn stream_in(
     asked: Asked,
     record: &mut Record,
 ) -> Ending {
-    let (reached, _place) =
-        match stream_to_workload(shared, site, tunnelled, &asked, record).await {
-            Ok(reached) => reached,
-            Err(ending) => {
-                asked.refuse(status(&ending));
-                return ending;
-            }
-        };
+    let (reached, _place) = match stream_to_workload(shared, site, tunnelled, &asked, record).await {
+        Ok(reached) => reached,
+        Err(ending) => {
+            asked.refuse(status(&ending));
+            return ending;
+        }
+    };
     record.opened();
     match (asked.accept(), reached) {
         (Ok(stream), Reached::Stream(server, registration)) => {

@@ -45,7 +45,7 @@ pub(super) enum Judged {
 /// Why an open connection is ended from this side.
 #[derive(Clone, Debug)]
 pub(super) enum Cut {
-    Denied(Denial),
+    Denied(Box<Denial>),
     /// The way it took leads elsewhere, or nowhere.
     Rerouted(Option<RouteRefusal>),
     /// It is judged by requests where it was not, or the other way round.
@@ -103,16 +103,20 @@ impl Judged {
 }
 
 fn judge_inbound(facts: &ConnectionFacts, snapshot: &Snapshot) -> Judgement {
-    match snapshot.admit(&current(facts, snapshot)?).map_err(Cut::Denied)? {
+    match snapshot.admit(&current(facts, snapshot)?).map_err(denied)? {
         Admission::Stream(permit) => Ok(Some(permit.verdict().clone())),
         Admission::Requests => Err(Cut::Rejudged),
     }
 }
 
+fn denied(denial: Denial) -> Cut {
+    Cut::Denied(Box::new(denial))
+}
+
 /// Each request has its own answer. A port that is no longer judged by requests lets those go on that still may.
 fn judge_requests(flights: &Flights, snapshot: &Snapshot) -> Judgement {
     let facts = current(flights.connection(), snapshot)?;
-    let admission = snapshot.admit(&facts).map_err(Cut::Denied)?;
+    let admission = snapshot.admit(&facts).map_err(denied)?;
     flights.rejudge(&facts, snapshot);
     match admission {
         Admission::Requests => Ok(None),

@@ -93,7 +93,7 @@ impl From<RouteRefusal> for Ending {
 impl From<Cut> for Ending {
     fn from(cut: Cut) -> Self {
         match cut {
-            Cut::Denied(denial) => denial.into(),
+            Cut::Denied(denial) => (*denial).into(),
             Cut::Rerouted(Some(refusal)) => refusal.into(),
             Cut::Rerouted(None) => Self::denied(
                 Reason::Route(RouteReason::NoEndpoints),

@@ -127,7 +127,11 @@ impl Node {
         documents: Vec<Value>,
         limits: Limits,
     ) -> Arc<Self> {
-        let keys = KeysConfig { allow: vec!["127.0.0.0/8".parse().expect("a range")], http: true, ..KeysConfig::default() };
+        let keys = KeysConfig {
+            allow: vec!["127.0.0.0/8".parse().expect("a range")],
+            http: true,
+            ..KeysConfig::default()
+        };
         let mut store = Store::new(name, "cluster.local".parse().expect("a trust domain"));
         let problems = store.apply(Update::replace("mesh.yaml", documents));
         assert_eq!(problems, [], "the documents of the test are good");

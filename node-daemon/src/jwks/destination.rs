@@ -68,7 +68,7 @@ fn plain(address: IpAddr) -> IpAddr {
     if let IpAddr::V6(v6) = address {
         let [a, b, c, d, e, f, high, low] = v6.segments();
         if [a, b, c, d, e, f] == NAT64 {
-            return Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, high, low).to_canonical().into();
+            return Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, high, low).to_canonical();
         }
     }
     address
@@ -80,7 +80,8 @@ mod tests {
 
     #[track_caller]
     fn check(config: &KeysConfig, addresses: &[&str], expected: Option<&str>) {
-        let parsed = addresses.iter().map(|address| SocketAddr::new(address.parse().expect("an address"), 443));
+        let parsed =
+            addresses.iter().map(|address| SocketAddr::new(address.parse().expect("an address"), 443));
         let chosen = choose(config, parsed).ok().map(|chosen| chosen.ip().to_string());
         assert_eq!(chosen.as_deref(), expected, "{addresses:?}");
     }
@@ -88,12 +89,29 @@ mod tests {
     #[test]
     fn what_trusts_this_node_is_refused() {
         // T-21
-        let config = KeysConfig { refuse: vec!["10.9.0.1/32".parse().expect("a range")], ..KeysConfig::default() };
+        let config =
+            KeysConfig { refuse: vec!["10.9.0.1/32".parse().expect("a range")], ..KeysConfig::default() };
         for address in [
-            "127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::", "169.254.169.254", "fe80::1", "febf::1",
-            "::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "64:ff9b::7f00:1",
-            "100.100.100.200", "fd00:ec2::254", "192.0.0.192", "224.0.0.1", "ff02::1", "255.255.255.255",
-            "10.9.0.1", "::ffff:10.9.0.1",
+            "127.0.0.1",
+            "127.9.9.9",
+            "::1",
+            "0.0.0.0",
+            "::",
+            "169.254.169.254",
+            "fe80::1",
+            "febf::1",
+            "::ffff:127.0.0.1",
+            "::ffff:169.254.169.254",
+            "64:ff9b::a9fe:a9fe",
+            "64:ff9b::7f00:1",
+            "100.100.100.200",
+            "fd00:ec2::254",
+            "192.0.0.192",
+            "224.0.0.1",
+            "ff02::1",
+            "255.255.255.255",
+            "10.9.0.1",
+            "::ffff:10.9.0.1",
         ] {
             check(&config, &[address], None);
         }
@@ -110,7 +128,8 @@ mod tests {
             check(&none, &[address], Some(address));
         }
         check(&none, &["127.0.0.1", "203.0.113.9"], Some("203.0.113.9"));
-        let listed = KeysConfig { allow: vec!["127.0.0.0/8".parse().expect("a range")], ..KeysConfig::default() };
+        let listed =
+            KeysConfig { allow: vec!["127.0.0.0/8".parse().expect("a range")], ..KeysConfig::default() };
         check(&listed, &["127.0.0.1"], Some("127.0.0.1"));
         check(&listed, &["::1"], None);
     }

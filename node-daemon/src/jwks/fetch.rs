@@ -149,7 +149,8 @@ impl Fetcher {
             Some("http") => return Err(FetchFailed::PlainHttp),
             Some(_) | None => return Err(FetchFailed::Address),
         };
-        let found = lookup_host((host, uri.port_u16().unwrap_or(usual))).await.map_err(FetchFailed::Resolve)?;
+        let found =
+            lookup_host((host, uri.port_u16().unwrap_or(usual))).await.map_err(FetchFailed::Resolve)?;
         let address = destination::choose(&self.config, found).map_err(FetchFailed::Refused)?;
         let stream = TcpStream::connect(address).await.map_err(FetchFailed::Connect)?;
         if !is_tls {

@@ -33,8 +33,8 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use self::{fetch::Fetcher, keys::Keys};
 pub use self::fetch::RootsError;
+use self::{fetch::Fetcher, keys::Keys};
 use crate::telemetry::{Event, Sink};
 
 /// Key sets that are kept, inline ones included: ten for each of 100 namespaces of a node. At the limit the one that was
@@ -113,7 +113,8 @@ impl Store {
 
     /// Waits until each of `sources` was fetched, or tried to be, once; at most [`WAIT_SECONDS_MAX`].
     pub async fn ready(&self, sources: impl Iterator<Item = &KeySource>) {
-        let waiting: Vec<_> = sources.map(|source| self.entry(source)).filter(|entry| entry.is_new()).collect();
+        let waiting: Vec<_> =
+            sources.map(|source| self.entry(source)).filter(|entry| entry.is_new()).collect();
         let all = async {
             for entry in waiting {
                 let mut attempts = entry.attempts.subscribe();

@@ -68,9 +68,10 @@ fn only_document(text: &str) -> Result<Value, String> {
     match (documents.pop(), documents.len()) {
         (Some(document), 0) => Ok(document),
         (None, _) => Err("it is empty, expected version, policySets and cases".to_owned()),
-        (Some(_), others) => {
-            Err(format!("it has {} YAML documents, expected one: the policies go into policySets", others + 1))
-        }
+        (Some(_), others) => Err(format!(
+            "it has {} YAML documents, expected one: the policies go into policySets",
+            others + 1
+        )),
     }
 }
 

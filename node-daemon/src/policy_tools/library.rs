@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::control::file::{self, Change, FILE_BYTES_MAX, Folder};
 
 /// A file's name and its documents.
-type OfFile = (String, Vec<Value>);
+pub(super) type OfFile = (String, Vec<Value>);
 
 /// Files relative to a file of cases. Each path is read once, so that all cases see the same policies.
 pub(super) struct Files {
@@ -42,7 +42,8 @@ impl Library for Files {
     }
 }
 
-fn load(path: &Path) -> Result<Vec<OfFile>, String> {
+/// A file, or all files of a folder.
+pub(super) fn load(path: &Path) -> Result<Vec<OfFile>, String> {
     if path.is_dir() {
         return Folder::new(path).scan().into_iter().map(documents).collect();
     }

@@ -3,7 +3,6 @@
 use std::sync::OnceLock;
 
 use aws_lc_rs::{
-    encoding::AsBigEndian as _,
     rand::SystemRandom,
     rsa::KeySize,
     signature::{

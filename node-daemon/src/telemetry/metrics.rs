@@ -244,8 +244,7 @@ impl Metrics {
             counter.inc();
             return None;
         }
-        let labels =
-            RequestLabels { connection: counts.labels.clone(), response_code: record.status.into() };
+        let labels = RequestLabels { connection: counts.labels.clone(), response_code: record.status.into() };
         let other = |labels: RequestLabels| RequestLabels { connection: labels.connection.other(), ..labels };
         let (labels, limit) = self.requests.admit(labels, other);
         let counter = self.requests.family.get_or_create(&labels).clone();

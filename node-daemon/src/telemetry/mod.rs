@@ -15,8 +15,8 @@ use std::sync::{
 
 pub use self::{
     event::{
-        ConnectionRecord, Direction, Endpoint, Ends, Event, HandshakeRefusal, Path, Reason, RequestRecord, RouteReason,
-        Shadow, Tls, Verdict,
+        ConnectionRecord, Direction, Endpoint, Ends, Event, HandshakeRefusal, Path, Reason, RequestRecord,
+        RouteReason, Shadow, Tls, Verdict,
     },
     metrics::{Metrics, RequestCounts},
 };

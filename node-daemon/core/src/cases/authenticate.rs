@@ -182,6 +182,7 @@ impl CaseRequest {
 
 pub(super) fn authenticate(check: &Check<'_>) -> Result<Found, InvalidCases> {
     let world = World::new(check)?;
+    let request = CaseRequest::read(check, &world)?;
     let mut found = Found::default();
     let facts = match arrive(check, &world, offered(&check.case.request)?)? {
         Arrived::As(facts) => facts,
@@ -210,7 +211,6 @@ pub(super) fn authenticate(check: &Check<'_>) -> Result<Found, InvalidCases> {
         known(&mut found, world.protocol, &world.peer(&facts));
         return Ok(found);
     }
-    let request = CaseRequest::read(check, &world)?;
     match world.compiled.authenticate_request(&facts, &request.facts()) {
         Ok(attributes) => known(&mut found, world.protocol, &attributes),
         Err(denial) => {

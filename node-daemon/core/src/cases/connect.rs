@@ -34,6 +34,7 @@ enum Caller {
 
 pub(super) fn connect(check: &Check<'_>) -> Result<Found, InvalidCases> {
     let world = World::new(check)?;
+    let request = CaseRequest::read(check, &world)?;
     let mut found = Found::default();
     let caller = caller(check, &world)?;
     let (arrived, is_proxied) = match &caller {
@@ -69,10 +70,10 @@ pub(super) fn connect(check: &Check<'_>) -> Result<Found, InvalidCases> {
         }
         Arrived::Through(facts) if !matches!(facts.presented, Presented::Plaintext) => {
             // Inside the tunnel the request can be read; who sends it is hidden (policy B-9).
-            judge(check, &world, &facts, &mut found)?;
+            judge(&world, &facts, &request, &mut found);
         }
         Arrived::Through(_) => stream(&world, None, &mut found),
-        Arrived::As(facts) => judge(check, &world, &facts, &mut found)?,
+        Arrived::As(facts) => judge(&world, &facts, &request, &mut found),
     }
     Ok(found)
 }
@@ -83,17 +84,11 @@ fn selected(world: &World) -> (Option<String>, TransportMode) {
     (policy.map(|label| label.to_string()), mode)
 }
 
-fn judge(
-    check: &Check<'_>,
-    world: &World,
-    facts: &ConnectionFacts,
-    found: &mut Found,
-) -> Result<(), InvalidCases> {
+fn judge(world: &World, facts: &ConnectionFacts, request: &CaseRequest, found: &mut Found) {
     if world.protocol == Protocol::Tcp {
         stream(world, Some(facts), found);
-        return Ok(());
+        return;
     }
-    let request = CaseRequest::read(check, world)?;
     let explained = world.compiled.explain(facts, Some(&request.facts()));
     match world.compiled.judge_request(facts, &request.facts()) {
         Ok(permit) => {
@@ -114,7 +109,6 @@ fn judge(
             found.decided(&denial.verdict, Some(why));
         }
     }
-    Ok(())
 }
 
 /// Bytes that nobody takes apart.

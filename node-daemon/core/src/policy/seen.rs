@@ -17,7 +17,7 @@ pub trait Headers {
 }
 
 /// Names and values, one pair a line.
-impl Headers for [(&str, &str)] {
+impl Headers for &[(&str, &str)] {
     fn each(&self, name: &str, visit: &mut dyn FnMut(&[u8])) {
         let lines = self.iter().filter(|(written, _)| written.eq_ignore_ascii_case(name));
         lines.for_each(|(_, value)| visit(value.as_bytes()));

@@ -19,8 +19,9 @@ use self::directory::{Directory, Owner};
 use crate::{
     decode::{DeclaredWorkload, Enrolment, Source},
     policy::{
-        self, Admission, Compiled, ConnectionFacts, Denial, DenialReason, Inventory, ObjectStatus, Permit,
-        PolicyObjects, RequestDenial, RequestFacts, RequestPermit, Verdict, tokens::TokenRules,
+        self, Admission, Compiled, ConnectionFacts, Denial, DenialReason, Explanation, Inventory,
+        ObjectStatus, Permit, PolicyObjects, RequestDenial, RequestFacts, RequestPermit, Verdict,
+        tokens::TokenRules,
     },
     store::Problem,
     workload::{Mesh, ObjectName, Service, TransportMode, Workload},
@@ -191,6 +192,12 @@ impl Snapshot {
         request: &RequestFacts<'_>,
     ) -> Result<RequestPermit, RequestDenial> {
         self.compiled.judge_request(connection, request)
+    }
+
+    /// Why [`Snapshot::admit`] and, with a request, [`Snapshot::judge_request`] answer as they do. The rules alone are asked:
+    /// while [`Snapshot::unreadable`] is something, everything is denied all the same.
+    pub fn explain(&self, connection: &ConnectionFacts, request: Option<&RequestFacts<'_>>) -> Explanation {
+        self.compiled.explain(connection, request)
     }
 
     /// What became of each policy object.

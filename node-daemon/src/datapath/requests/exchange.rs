@@ -70,7 +70,7 @@ impl Exchange {
     pub(super) fn permitted(&mut self, permit: &RequestPermit, path: Option<PathAndQuery>) {
         self.outcome = Outcome { verdict: Verdict::Allowed, reason: Some(Reason::ClientReset), detail: None };
         self.deciding = permit.verdict().clone();
-        self.path = path.or(self.path.take());
+        self.path = path.or_else(|| self.path.take());
     }
 
     /// It is under way: a later snapshot may end it.

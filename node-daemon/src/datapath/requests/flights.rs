@@ -50,7 +50,7 @@ impl Asked {
         connection: &ConnectionFacts,
         snapshot: &Snapshot,
         tokens: &Tokens,
-    ) -> Result<RequestPermit, RequestDenial> {
+    ) -> Result<RequestPermit, Box<RequestDenial>> {
         let headers = Lines(&self.headers);
         let facts = RequestFacts {
             method: self.method.as_str(),
@@ -59,7 +59,7 @@ impl Asked {
             headers: &headers,
             tokens,
         };
-        snapshot.judge_request(connection, &facts)
+        snapshot.judge_request(connection, &facts).map_err(Box::new)
     }
 
     /// Judges again with the keys that are at hand.
@@ -68,11 +68,12 @@ impl Asked {
         connection: &ConnectionFacts,
         snapshot: &Snapshot,
         keys: &jwks::Store,
-    ) -> Result<RequestPermit, RequestDenial> {
-        let tokens = snapshot.token_rules(&connection.destination, connection.destination_port).map(|rules| {
-            let candidates = rules.locate(self.path(), &Lines(&self.headers));
-            rules.verify(candidates, self.arrived, &keys.signatures())
-        });
+    ) -> Result<RequestPermit, Box<RequestDenial>> {
+        let tokens =
+            snapshot.token_rules(&connection.destination, connection.destination_port).map(|rules| {
+                let candidates = rules.locate(self.path(), &Lines(&self.headers));
+                rules.verify(candidates, self.arrived, &keys.signatures())
+            });
         self.judge(connection, snapshot, &tokens.unwrap_or_default())
     }
 }
@@ -82,7 +83,7 @@ impl Asked {
 pub(super) struct Flight {
     asked: Asked,
     snapshot: AtomicU64,
-    cut: OnceLock<RequestDenial>,
+    cut: OnceLock<Box<RequestDenial>>,
     /// Those who wait for it: the request's body, the answer's head, the answer's body.
     wakers: [AtomicWaker; 3],
 }
@@ -104,12 +105,12 @@ impl Flight {
             Waiter::Response => 2,
         }];
         waker.register(context.waker());
-        self.cut.get().map_or(Poll::Pending, Poll::Ready)
+        self.cut().map_or(Poll::Pending, Poll::Ready)
     }
 
     /// Why it was cut, if it was.
     pub(super) fn cut(&self) -> Option<&RequestDenial> {
-        self.cut.get()
+        self.cut.get().map(|denial| &**denial)
     }
 
     pub(super) fn asked(&self) -> &Asked {
@@ -120,7 +121,7 @@ impl Flight {
         self.snapshot.load(Ordering::Acquire)
     }
 
-    fn end(&self, denial: RequestDenial) {
+    fn end(&self, denial: Box<RequestDenial>) {
         self.cut.get_or_init(|| denial);
         self.wakers.iter().for_each(AtomicWaker::wake);
     }

@@ -144,7 +144,9 @@ impl Framing {
                 self.head.bytes += more;
                 if self.head.bytes > HEAD_BYTES_MAX { Err(Fault::TooLarge) } else { Ok(()) }
             }
-            At::ChunkSize | At::ChunkEnd if self.line.len() + more > CHUNK_LINE_BYTES_MAX => Err(Fault::Chunk),
+            At::ChunkSize | At::ChunkEnd if self.line.len() + more > CHUNK_LINE_BYTES_MAX => {
+                Err(Fault::Chunk)
+            }
             At::ChunkSize | At::ChunkEnd | At::Body(_) | At::Chunk(_) => Ok(()),
         }
     }
@@ -278,7 +280,8 @@ fn field(line: &[u8]) -> Result<(&[u8], &[u8]), Fault> {
 
 fn chunk_size(line: &[u8]) -> Result<u64, Fault> {
     let digits = line.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii_end();
-    let is_number = !digits.is_empty() && digits.len() <= CHUNK_DIGITS_MAX && digits.iter().all(u8::is_ascii_hexdigit);
+    let is_number =
+        !digits.is_empty() && digits.len() <= CHUNK_DIGITS_MAX && digits.iter().all(u8::is_ascii_hexdigit);
     let text = std::str::from_utf8(digits).ok().filter(|_| is_number).ok_or(Fault::Chunk)?;
     u64::from_str_radix(text, 16).map_err(|_| Fault::Chunk)
 }

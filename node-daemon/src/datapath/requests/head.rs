@@ -9,11 +9,7 @@ use http::{
 };
 use node_core::policy::RequestPermit;
 
-use super::{
-    body::strip_reserved,
-    flights::Asked,
-    framing::HEADERS_MAX,
-};
+use super::{body::strip_reserved, flights::Asked, framing::HEADERS_MAX};
 
 /// Headers that end at this hop (RFC 9110, section 7.6.1), beside those that `Connection` names.
 const HOP_HEADERS: [HeaderName; 6] = [
@@ -107,7 +103,11 @@ fn now() -> u64 {
 }
 
 /// Whom the client means: one reading, wherever it is written.
-fn host(headers: &HeaderMap, authority: Option<&Authority>, version: Version) -> Result<Option<String>, BadHead> {
+fn host(
+    headers: &HeaderMap,
+    authority: Option<&Authority>,
+    version: Version,
+) -> Result<Option<String>, BadHead> {
     let mut lines = headers.get_all(header::HOST).iter();
     let line = lines.next();
     if lines.next().is_some() {
@@ -149,7 +149,8 @@ fn strip_hop(headers: &mut HeaderMap) -> Result<bool, BadHead> {
         }
     }
     let mut wanted = headers.get_all(header::UPGRADE).iter();
-    let is_websocket = wanted.next().is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(WEBSOCKET.as_bytes()));
+    let is_websocket =
+        wanted.next().is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(WEBSOCKET.as_bytes()));
     let is_upgrade = upgrades && is_websocket && wanted.next().is_none();
     for name in named {
         // What says where the message ends or whom it means is no matter of one hop.
@@ -168,7 +169,9 @@ fn strip_hop(headers: &mut HeaderMap) -> Result<bool, BadHead> {
 
 fn has_token(value: &HeaderValue, wanted: &str) -> bool {
     let tokens = value.to_str().unwrap_or_default().split(',');
-    tokens.map(|token| token.split(';').next().unwrap_or_default().trim()).any(|token| token.eq_ignore_ascii_case(wanted))
+    tokens
+        .map(|token| token.split(';').next().unwrap_or_default().trim())
+        .any(|token| token.eq_ignore_ascii_case(wanted))
 }
 
 /// The request as the workload gets it: what was judged (T-22), less what it must not get (policy A-11), and what it is

@@ -35,7 +35,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
-    io::AsyncReadExt as _,
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     time::{Instant, timeout_at},
 };
@@ -85,11 +85,11 @@ struct Client {
     upgrade: Mutex<Option<Upgrade>>,
 }
 
-/// A request that became a WebSocket.
+/// A request that asked for another protocol. hyper then hands the client's side back when it is done.
 struct Upgrade {
     client: OnUpgrade,
-    server: OnUpgrade,
-    exchange: Exchange,
+    /// The workload agreed.
+    joined: Option<(OnUpgrade, Exchange)>,
 }
 
 impl Client {
@@ -171,7 +171,9 @@ async fn first_bytes<C: Side>(stream: &mut C) -> Result<Option<(bool, Bytes)>, E
         match timeout_at(late, stream.read_buf(&mut read)).await {
             Ok(Ok(0)) => break,
             Ok(more) => more.map_err(reset)?,
-            Err(_) => return Err(Ending::broken(Reason::Protocol, format!("no head within {HEAD_SECONDS} s"))),
+            Err(_) => {
+                return Err(Ending::broken(Reason::Protocol, format!("no head within {HEAD_SECONDS} s")));
+            }
         };
     }
     Ok(Some((read.starts_with(PREFACE), read.freeze())))
@@ -192,7 +194,6 @@ async fn serve_http1<C: Side + Send + 'static>(
         .max_headers(HEADERS_MAX)
         .max_buf_size(BUFFER_BYTES_MAX)
         .auto_date_header(false)
-        .pipeline_flush(true)
         .serve_connection(wire, service)
         .with_upgrades();
     let mut connection = pin!(connection);
@@ -213,7 +214,13 @@ async fn serve_http1<C: Side + Send + 'static>(
             }
             served = connection.as_mut() => {
                 return match client.joined() {
-                    Some(upgrade) => carry_upgraded::<C>(upgrade, registration).await,
+                    Some(Upgrade { client, joined: Some((server, exchange)) }) => {
+                        carry_upgraded::<C>(client, server, exchange, registration).await
+                    }
+                    Some(Upgrade { client: refused, joined: None }) => {
+                        close_refused::<C>(refused).await;
+                        ended(client, served)
+                    }
                     None => ended(client, served),
                 };
             }
@@ -270,9 +277,22 @@ fn ended(client: &Client, served: hyper::Result<()>) -> Ending {
     }
 }
 
+/// After a no to an upgrade hyper leaves the orderly end to others.
+async fn close_refused<C: Side + Send + 'static>(client: OnUpgrade) {
+    let Ok(handed_back) = client.await else { return };
+    if let Ok(parts) = handed_back.downcast::<TokioIo<Wire<C>>>() {
+        // A client that is gone already needs no end.
+        let _ = parts.io.into_inner().shutdown().await;
+    }
+}
+
 /// Joins both sides of a WebSocket.
-async fn carry_upgraded<C: Side + Send + 'static>(upgrade: Upgrade, registration: &Registration) -> Ending {
-    let Upgrade { client, server, mut exchange } = upgrade;
+async fn carry_upgraded<C: Side + Send + 'static>(
+    client: OnUpgrade,
+    server: OnUpgrade,
+    mut exchange: Exchange,
+    registration: &Registration,
+) -> Ending {
     let (client, server) = match tokio::try_join!(client, server) {
         Ok(sides) => sides,
         Err(error) => return Ending::broken(Reason::ServerReset, error),

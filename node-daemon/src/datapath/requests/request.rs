@@ -36,10 +36,17 @@ pub(super) async fn serve(
     mut request: Request<Incoming>,
 ) -> Result<Response<Reply>, Infallible> {
     let upgrade = hyper::upgrade::on(&mut request);
+    if request.headers().contains_key(header::UPGRADE) {
+        client.join(Upgrade { client: upgrade.clone(), joined: None });
+    }
     let (parts, body) = request.into_parts();
     let protocol = protocol(&parts);
-    let exchange =
-        Exchange::new(Arc::clone(&client.telling), protocol, parts.method.clone(), parts.uri.path_and_query().cloned());
+    let exchange = Exchange::new(
+        Arc::clone(&client.telling),
+        protocol,
+        parts.method.clone(),
+        parts.uri.path_and_query().cloned(),
+    );
     let (asked, way) = match head::read(parts, !body.is_end_stream()) {
         Ok(read) => read,
         Err(bad) => return Ok(bad_head(bad, exchange)),
@@ -76,7 +83,7 @@ async fn judged(
     let tokens = tokens(client, &snapshot, &asked).await;
     let permit = match asked.judge(connection, &snapshot, &tokens) {
         Ok(permit) => permit,
-        Err(denial) => return denied(&denial, exchange, way.version),
+        Err(denial) => return denied(&denial, exchange),
     };
     let path = head::path(&asked, &permit);
     exchange.permitted(&permit, path);
@@ -85,7 +92,7 @@ async fn judged(
     let flight = Arc::clone(airborne.flight());
     exchange.takes_off(airborne);
     if let Some(denial) = flight.cut() {
-        return denied(denial, exchange, way.version);
+        return denied(denial, exchange);
     }
     forward(client, &flight, &way, &permit, body, upgrade, exchange).await
 }
@@ -137,7 +144,7 @@ async fn forward(
         None => {
             let denial = flight.cut().cloned();
             match denial {
-                Some(denial) => denied(&denial, exchange, way.version),
+                Some(denial) => denied(&denial, exchange),
                 None => closing(text(StatusCode::FORBIDDEN, DENIED_BODY)),
             }
         }
@@ -188,15 +195,17 @@ fn upgraded(
     parts.headers.insert(header::UPGRADE, protocol.unwrap_or(HeaderValue::from_static("websocket")));
     exchange.begins(parts.status);
     client.signals.upgrade();
-    client.join(Upgrade { client: upgrade, server, exchange });
+    client.join(Upgrade { client: upgrade, joined: Some((server, exchange)) });
     Response::from_parts(parts, Reply::Text(None))
 }
 
 fn unreached(unanswered: Unanswered, way: &Way, mut exchange: Exchange) -> Response<Reply> {
     let (status, body, reason) = match unanswered {
-        Unanswered::Unreached(ending) => {
-            (StatusCode::SERVICE_UNAVAILABLE, UNREACHED_BODY, ending.reason.unwrap_or(Reason::NothingListening))
-        }
+        Unanswered::Unreached(ending) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            UNREACHED_BODY,
+            ending.reason.unwrap_or(Reason::NothingListening),
+        ),
         Unanswered::Broken(error) => {
             tracing::debug!(%error, "no answer");
             (StatusCode::BAD_GATEWAY, BROKEN_BODY, Reason::ServerReset)
@@ -216,7 +225,7 @@ fn bad_head(bad: BadHead, mut exchange: Exchange) -> Response<Reply> {
 }
 
 /// The policy's no (policy B-12).
-fn denied(denial: &RequestDenial, mut exchange: Exchange, _version: Version) -> Response<Reply> {
+fn denied(denial: &RequestDenial, mut exchange: Exchange) -> Response<Reply> {
     let Answer { status, body, grpc: code } = denial.answer();
     exchange.denied(denial, status);
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::FORBIDDEN);

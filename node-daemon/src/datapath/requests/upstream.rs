@@ -13,12 +13,7 @@ use node_core::policy::{ConnectionFacts, RequestPermit};
 use tokio::{net::TcpStream, sync::Mutex, task::JoinHandle};
 
 use super::{WINDOW_CONNECTION_BYTES, WINDOW_STREAM_BYTES, body::Upload, framing::HEAD_BYTES_MAX};
-use crate::datapath::{
-    accept::Site,
-    carry::Side as _,
-    deliver::deliver,
-    record::Ending,
-};
+use crate::datapath::{accept::Site, carry::Side as _, deliver::deliver, record::Ending};
 
 /// Why the workload did not answer.
 #[derive(Debug)]
