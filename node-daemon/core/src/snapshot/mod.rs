@@ -19,8 +19,8 @@ use self::directory::{Directory, Owner};
 use crate::{
     decode::{DeclaredWorkload, Enrolment, Source},
     policy::{
-        self, Admission, Compiled, ConnectionFacts, Denial, DenialReason, Explanation, Inventory,
-        ObjectStatus, Permit, PolicyObjects, RequestDenial, RequestFacts, RequestPermit, Verdict,
+        self, Admission, ClientSetting, Compiled, ConnectionFacts, Denial, DenialReason, Explanation,
+        Inventory, ObjectStatus, Permit, PolicyObjects, RequestDenial, RequestFacts, RequestPermit, Verdict,
         tokens::TokenRules,
     },
     store::Problem,
@@ -198,6 +198,16 @@ impl Snapshot {
     /// while [`Snapshot::unreadable`] is something, everything is denied all the same.
     pub fn explain(&self, connection: &ConnectionFacts, request: Option<&RequestFacts<'_>>) -> Explanation {
         self.compiled.explain(connection, request)
+    }
+
+    /// How a client of this namespace speaks to the port of a service, as the DestinationRules have it (policy C).
+    pub fn client_setting(
+        &self,
+        service: &ObjectName,
+        port: u16,
+        client_namespace: &str,
+    ) -> ClientSetting<'_> {
+        self.compiled.client_setting(service, port, client_namespace, &self.mesh)
     }
 
     /// What became of each policy object.
