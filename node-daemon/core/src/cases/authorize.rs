@@ -73,7 +73,7 @@ pub(super) fn authorize(check: &Check<'_>) -> Result<Found, InvalidCases> {
         destination_address: world.destination_address,
         destination_port: world.port,
         server_name: server_name.as_deref(),
-        metadata: Some(&metadata).filter(|_| request.has("metadata")),
+        metadata: request.has("metadata").then_some(&metadata),
         request: (world.protocol != Protocol::Tcp).then_some(asked),
     };
     let judged = world.compiled.judge_given(&world.workload, &given);
@@ -149,7 +149,7 @@ fn claims(fields: &Fields) -> Result<Value, InvalidCases> {
             Value::Object(_) => {
                 claims.insert(name.clone(), value.clone());
             }
-            _ => {
+            Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
                 claims.insert(name.clone(), Value::from(fields.texts(name)?));
             }
         }

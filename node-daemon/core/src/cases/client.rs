@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     decode::{self, Source},
-    policy::{ClientFacts, PolicyObjects, ServerMode, TlsMode, TlsSettings, may_answer, tls_of},
+    policy::{ClientFacts, ServerMode, TlsMode, TlsSettings, may_answer, rule_of, tls_of},
     snapshot,
     workload::{Mesh, ObjectName, Placement, Service, TransportMode, Workload},
 };
@@ -144,17 +144,8 @@ fn settings(check: &Check<'_>) -> Result<Usable<Option<TlsSettings>>, InvalidCas
     let document = rule_document(rule);
     let object = decode::object(document, Source::new(&check.case.path, 0));
     let object = object.map_err(|invalid| request.invalid("dr", invalid.reason()))?;
-    let mut objects = PolicyObjects::new();
-    if let Err(invalid) = objects.insert(&object) {
-        return Ok(Err(format!("{}: {}", invalid.field, invalid.reason())));
-    }
-    let host = object.spec["host"].as_str().unwrap_or_default().trim_start_matches('*').to_owned();
-    let own = &*object.name.namespace;
-    let found = objects.destination_rule(&host, own, own, own).or_else(|| {
-        let complete = format!("{host}.{own}.svc.cluster.local");
-        objects.destination_rule(&complete, own, own, own)
-    });
-    Ok(Ok(found.and_then(|(_, rule)| rule.tls(port, subset.as_deref()).cloned())))
+    let read = rule_of(&object).map_err(|(field, expected)| format!("{field}: {expected}"));
+    Ok(read.map(|rule| rule.tls(port, subset.as_deref()).cloned()))
 }
 
 /// A whole object, its `spec`, or its `trafficPolicy`.
@@ -162,12 +153,13 @@ fn rule_document(rule: &Value) -> Value {
     if rule.get("kind").is_some() {
         return rule.clone();
     }
-    let mut spec = match rule {
-        Value::Object(map) if map.contains_key("spec") => map["spec"].clone(),
-        Value::Object(map) if map.contains_key("tls") || map.contains_key("portLevelSettings") => {
-            serde_json::json!({ "trafficPolicy": rule })
-        }
-        other => other.clone(),
+    let has = |key: &str| rule.get(key).is_some();
+    let mut spec = if has("spec") {
+        rule["spec"].clone()
+    } else if has("tls") || has("portLevelSettings") {
+        serde_json::json!({ "trafficPolicy": rule })
+    } else {
+        rule.clone()
     };
     if spec.get("host").is_none()
         && let Some(map) = spec.as_object_mut()

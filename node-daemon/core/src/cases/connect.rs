@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     policy::{
-        ClientFacts, ClientMode, ConnectionFacts, Presented, RequestDenialKind, client_tls, reason,
+        ClientFacts, ClientMode, ClientSetting, ConnectionFacts, Presented, RequestDenialKind, client_tls,
+        reason,
         trial::{Given, Refusal},
     },
     workload::{Protocol, TransportMode},
@@ -179,13 +180,22 @@ fn caller(check: &Check<'_>, world: &World) -> Result<Caller, InvalidCases> {
     let (_, mode) = selected(world);
     let server = server_mode_of(mode);
     let identities = [world.workload.identity.to_string()];
-    let rule = world.host.as_deref().and_then(|host| {
-        let root = &check.file.mesh.root_namespace;
-        check.policies.objects.destination_rule(host, &namespace, &world.workload.name.namespace, root)
-    });
-    let port = Some(world.service_port);
+    let rules = check.policies.objects.client_rules();
+    let own = &*world.workload.name.namespace;
+    let namespaces = [namespace.as_str(), own, check.file.mesh.root_namespace.as_str()];
+    let setting = world
+        .host
+        .as_deref()
+        .map_or(ClientSetting::Unsaid, |host| rules.setting(host, world.service_port, None, namespaces));
+    let rule = match setting {
+        ClientSetting::Unsaid => None,
+        ClientSetting::Tls(settings) => Some(settings),
+        ClientSetting::Refused(_) => {
+            return Ok(Caller::Client { id, offered: Offered::Plaintext, reaches: false, is_proxied });
+        }
+    };
     let tls = client_tls(&ClientFacts {
-        rule: rule.and_then(|(_, rule)| rule.tls(port, None)),
+        rule,
         // Between enrolled workloads the mesh's TLS is always spoken, unless a rule says otherwise.
         auto_mtls: request.flag("auto_mtls")?.unwrap_or(true),
         mesh_external: false,

@@ -44,7 +44,8 @@ impl InvalidCases {
 
 impl fmt::Display for InvalidCases {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}: {} is not usable, expected {}", self.field, self.value, self.expected)
+        let field = if self.field.is_empty() { "the file" } else { &self.field };
+        write!(formatter, "{field}: {} is not usable, expected {}", self.value, self.expected)
     }
 }
 
@@ -62,7 +63,9 @@ impl Fields {
         match value {
             Value::Object(map) => Ok(Self { path: path.to_owned(), map: map.clone() }),
             Value::Null => Ok(Self { path: path.to_owned(), map: Map::new() }),
-            other => Err(InvalidCases::new(path, other, "a mapping")),
+            Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
+                Err(InvalidCases::new(path, value, "a mapping"))
+            }
         }
     }
 
@@ -190,13 +193,11 @@ impl Fields {
 fn flatten(prefix: &str, map: Map<String, Value>, groups: &[&str], into: &mut Map<String, Value>) {
     for (key, value) in map {
         let complete = if prefix.is_empty() { key } else { format!("{prefix}.{key}") };
-        match value {
-            Value::Object(inner) if groups.contains(&complete.as_str()) => {
-                flatten(&complete, inner, groups, into)
-            }
-            value => {
-                into.insert(complete, value);
-            }
+        let is_group = groups.contains(&complete.as_str());
+        if let (true, Value::Object(inner)) = (is_group, &value) {
+            flatten(&complete, inner.clone(), groups, into);
+        } else {
+            into.insert(complete, value);
         }
     }
 }

@@ -106,7 +106,7 @@ impl Authentication {
         self.unusable
             .as_ref()
             .or(origin)
-            .or(self.request_policy.as_ref().filter(|_| !self.requests.is_empty()))
+            .or_else(|| self.request_policy.as_ref().filter(|_| !self.requests.is_empty()))
     }
 
     pub(super) fn authenticate<'a>(

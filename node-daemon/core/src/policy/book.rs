@@ -145,7 +145,8 @@ impl<'a> Book<'a> {
                         self.request_authentications.push(Candidate { label, name, created, body });
                     }
                     RefusedKind::Unknown => self.unknown.push((&name.namespace, label)),
-                    RefusedKind::Switch { .. } | RefusedKind::Grant | RefusedKind::DestinationRule => {}
+                    RefusedKind::Switch { .. } | RefusedKind::Grant | RefusedKind::DestinationRule { .. } => {
+                    }
                 }
             }
             Entry { good: None, refused: None } => {}

@@ -1,6 +1,10 @@
 //! The client's side: how it speaks TLS to a service, and whether that reaches the application (policy C, D).
 
-use super::destination_rule::{TlsMode, TlsSettings};
+use super::{
+    compile::{Compiled, SERVICE_SUFFIX},
+    destination_rule::{ClientSetting, TlsMode, TlsSettings},
+};
+use crate::workload::{Mesh, ObjectName};
 
 /// What is known of the server's side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +60,21 @@ impl ClientMode {
             Self::Simple => "SIMPLE",
             Self::Plaintext => "PLAINTEXT",
         }
+    }
+}
+
+impl Compiled {
+    /// What the DestinationRules say about connections from a namespace to a service's port.
+    pub fn client_setting(
+        &self,
+        service: &ObjectName,
+        port: u16,
+        client_namespace: &str,
+        mesh: &Mesh,
+    ) -> ClientSetting<'_> {
+        let host = format!("{}.{}.{SERVICE_SUFFIX}", service.name, service.namespace);
+        let namespaces = [client_namespace, &*service.namespace, mesh.root_namespace.as_str()];
+        self.client_rules.setting(&host, port, None, namespaces)
     }
 }
 

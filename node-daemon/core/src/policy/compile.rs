@@ -10,6 +10,7 @@ use std::{
 
 use super::{
     book::{Authorization, Book, Candidate, Chosen, Notes, Role, RoleRule},
+    destination_rule::ClientRules,
     matching::TrustDomains,
     objects::{PolicyObjects, Reach},
     rbac_v1alpha1::Destination,
@@ -21,7 +22,7 @@ use super::{
 use crate::workload::{Mesh, ObjectName, Protocol, Service, TargetPort, Workload};
 
 /// What the complete name of a service ends with (policy B-5), whatever the trust domain.
-const SERVICE_SUFFIX: &str = "svc.cluster.local";
+pub(super) const SERVICE_SUFFIX: &str = "svc.cluster.local";
 
 /// What the policies speak about.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +40,7 @@ pub struct Compiled {
     pub(super) trusted: TrustDomains,
     pub(super) destinations: BTreeMap<ObjectName, DestinationRules>,
     pub(super) statuses: Vec<ObjectStatus>,
+    pub(super) client_rules: ClientRules,
 }
 
 /// One local workload.
@@ -65,7 +67,7 @@ pub fn compile(objects: &PolicyObjects, inventory: &Inventory<'_>) -> Compiled {
         destinations.insert(workload.name.clone(), destination(workload, &book, inventory, &mut notes));
     }
     let statuses = status::statuses(objects, &book, inventory, &notes);
-    Compiled { trusted: book.trusted, destinations, statuses }
+    Compiled { trusted: book.trusted, destinations, statuses, client_rules: objects.client_rules() }
 }
 
 fn destination(

@@ -1,11 +1,14 @@
 //! Front end of `DestinationRule`: how a client speaks to a host, as far as TLS goes (policy C). The rest belongs to others.
 
-use std::collections::BTreeMap;
+use std::{cmp::Reverse, collections::BTreeMap, sync::Arc};
 
 use serde_json::Value;
 
-use super::reader::{Fault, Fields, Item, Warnings};
-use crate::decode::Object;
+use super::{
+    compile::SERVICE_SUFFIX,
+    reader::{Fault, Fields, Item, Warnings},
+};
+use crate::{decode::Object, workload::ObjectName};
 
 /// What a rule says about one host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,21 +56,7 @@ impl TlsMode {
     }
 }
 
-/// What the complete name of a service ends with.
-const SERVICE_SUFFIX: &str = "svc.cluster.local";
-
 impl DestinationRule {
-    /// How much the rule's host says about `host`, a complete name; `None`: it is for another one. A short name is of the
-    /// rule's own namespace.
-    pub(super) fn specificity(&self, host: &str, own_namespace: &str) -> Option<(bool, usize)> {
-        if let Some(end) = self.host.strip_prefix('*') {
-            return host.ends_with(end).then_some((false, end.len()));
-        }
-        let is_short = !self.host.contains('.');
-        let complete = format!("{}.{own_namespace}.{SERVICE_SUFFIX}", self.host);
-        (self.host == host || (is_short && complete == host)).then_some((true, self.host.len()))
-    }
-
     /// The setting for one port of the host: the subset's, else the port's block, else the rule's.
     pub(crate) fn tls(&self, port: Option<u16>, subset: Option<&str>) -> Option<&TlsSettings> {
         let of_subset = subset.and_then(|name| self.subsets.get(name)).and_then(|policy| policy.tls(port));
@@ -79,6 +68,75 @@ impl DestinationRule {
         std::iter::once(&self.policy).chain(self.subsets.values()).flat_map(|policy| {
             policy.tls.iter().chain(policy.ports.values().flatten()).map(|settings| settings.mode)
         })
+    }
+}
+
+/// All rules of the mesh, by namespace.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ClientRules(Vec<ClientRule>);
+
+#[derive(Clone, Debug)]
+struct ClientRule {
+    name: ObjectName,
+    label: Arc<str>,
+    host: String,
+    /// `None`: it could not be used.
+    rule: Option<DestinationRule>,
+}
+
+/// What the rules say about one destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientSetting<'a> {
+    /// No rule, or one that is silent about TLS.
+    Unsaid,
+    Tls(&'a TlsSettings),
+    /// The rule cannot be used: the destination is denied (T-20).
+    Refused(&'a Arc<str>),
+}
+
+impl ClientRules {
+    pub(super) fn add(
+        &mut self,
+        name: &ObjectName,
+        label: &Arc<str>,
+        rule: Result<&DestinationRule, &String>,
+    ) {
+        let host = rule.map_or_else(|host| host, |rule| &rule.host).clone();
+        self.0.push(ClientRule { name: name.clone(), label: label.clone(), host, rule: rule.ok().cloned() });
+    }
+
+    /// One rule counts: of the client's namespace, else of the service's, else of the root namespace; in each the one
+    /// whose host says most (policy C). `host` is a complete name, `port` the service's.
+    pub(crate) fn setting(
+        &self,
+        host: &str,
+        port: u16,
+        subset: Option<&str>,
+        namespaces: [&str; 3],
+    ) -> ClientSetting<'_> {
+        let chosen = namespaces.into_iter().find_map(|namespace| {
+            let here = self.0.iter().filter(|rule| *rule.name.namespace == *namespace);
+            let fitting = here.filter_map(|rule| Some((rule.specificity(host)?, Reverse(&rule.name), rule)));
+            fitting.max_by_key(|(rank, name, _)| (*rank, *name)).map(|(.., rule)| rule)
+        });
+        let Some(chosen) = chosen else { return ClientSetting::Unsaid };
+        match &chosen.rule {
+            Some(rule) => rule.tls(Some(port), subset).map_or(ClientSetting::Unsaid, ClientSetting::Tls),
+            None => ClientSetting::Refused(&chosen.label),
+        }
+    }
+}
+
+impl ClientRule {
+    /// How much the rule's host says about `host`; `None`: it is for another one. A short name is of the rule's own
+    /// namespace.
+    fn specificity(&self, host: &str) -> Option<(bool, usize)> {
+        if let Some(end) = self.host.strip_prefix('*') {
+            return host.ends_with(end).then_some((false, end.len()));
+        }
+        let is_short = !self.host.contains('.');
+        let complete = format!("{}.{}.{SERVICE_SUFFIX}", self.host, self.name.namespace);
+        (self.host == host || (is_short && complete == host)).then_some((true, self.host.len()))
     }
 }
 
@@ -132,11 +190,19 @@ fn traffic_policy(fields: &mut Fields<'_>, warnings: &mut Warnings) -> Result<Tr
     Ok(TrafficPolicy { tls, ports })
 }
 
+/// Reads the rule of one document, and what it says about a port.
+pub(crate) fn rule_of(object: &Object) -> Result<DestinationRule, (String, String)> {
+    destination_rule(object, &mut Warnings::default()).map_err(told)
+}
+
+fn told(fault: Fault) -> (String, String) {
+    (fault.field, format!("expected {}: {}", fault.expected, fault.remedy))
+}
+
 /// Reads `tls` alone.
 pub(crate) fn tls_of(value: &Value) -> Result<TlsSettings, (String, String)> {
     let item = Item { path: "tls".to_owned(), value };
-    tls_settings(&item, &mut Warnings::default())
-        .map_err(|fault| (fault.field, format!("expected {}: {}", fault.expected, fault.remedy)))
+    tls_settings(&item, &mut Warnings::default()).map_err(told)
 }
 
 fn tls_settings(item: &Item<'_>, warnings: &mut Warnings) -> Result<TlsSettings, Fault> {

@@ -45,7 +45,7 @@ use spiffe_id::SpiffeId;
 pub use self::{
     client::{ClientFacts, ClientMode, ClientTls, ServerMode, client_tls, may_answer},
     compile::{Compiled, Inventory, compile},
-    destination_rule::{TlsMode, TlsSettings},
+    destination_rule::{ClientSetting, TlsMode, TlsSettings},
     explain::{Considered, Explanation, Mismatch},
     objects::PolicyObjects,
     origins::KeySetAddress,
@@ -58,7 +58,7 @@ pub use self::{
     status::ObjectStatus,
 };
 pub(crate) use self::{
-    destination_rule::tls_of,
+    destination_rule::{rule_of, tls_of},
     explain::reason,
     seen::{Metadata, header},
     tokens::claims_of,

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{
     authn_v1alpha1::{self, DEFAULT_NAME, Policy, Target},
-    destination_rule::{DestinationRule, destination_rule},
+    destination_rule::{ClientRules, DestinationRule, destination_rule},
     rbac_v1alpha1::{self, ServiceRole, ServiceRoleBinding, Switch},
     reader::{Fault, Fields, Warning, Warnings},
     request_authentication::{RequestAuthentication, request_authentication},
@@ -68,26 +68,23 @@ impl PolicyObjects {
         self.entries.remove(&(kind.to_owned(), name.clone()));
     }
 
-    /// The rule for connections from `client_namespace` to a service, by its complete name: of the client's namespace,
-    /// else of the service's, else of the root namespace; in each the one whose host says most (policy C).
-    pub(crate) fn destination_rule(
-        &self,
-        host: &str,
-        client_namespace: &str,
-        service_namespace: &str,
-        root_namespace: &str,
-    ) -> Option<(&Arc<str>, &DestinationRule)> {
-        [client_namespace, service_namespace, root_namespace].into_iter().find_map(|namespace| {
-            let rules = self.entries.iter().filter_map(|((_, name), entry)| match &entry.good {
-                Some(Good { label, body: Body::DestinationRule(rule), .. }) => Some((name, label, rule)),
-                _ => None,
-            });
-            let here = rules.filter(|(name, ..)| *name.namespace == *namespace);
-            let fitting = here.filter_map(|(name, label, rule)| {
-                Some((rule.specificity(host, &name.namespace)?, std::cmp::Reverse(name), label, rule))
-            });
-            fitting.max_by_key(|(rank, name, ..)| (*rank, *name)).map(|(_, _, label, rule)| (label, rule))
-        })
+    /// How clients speak to services (policy C).
+    pub(crate) fn client_rules(&self) -> ClientRules {
+        let mut rules = ClientRules::default();
+        for ((_, name), entry) in &self.entries {
+            match entry {
+                Entry { good: Some(Good { label, body: Body::DestinationRule(rule), .. }), .. } => {
+                    rules.add(name, label, Ok(rule));
+                }
+                Entry { good: None, refused: Some(Refused { label, kind, .. }) } => {
+                    if let RefusedKind::DestinationRule { host: Some(host) } = kind {
+                        rules.add(name, label, Err(host));
+                    }
+                }
+                Entry { .. } => {}
+            }
+        }
+        rules
     }
 
     pub(super) fn entries(&self) -> impl Iterator<Item = (&str, &ObjectName, &Entry)> {
@@ -172,7 +169,9 @@ pub(super) enum RefusedKind {
     Grant,
     RequestAuthentication(Reach),
     /// What it would have said of connections that leave.
-    DestinationRule,
+    DestinationRule {
+        host: Option<String>,
+    },
     /// A kind or version of a policy group that nobody here reads.
     Unknown,
 }
@@ -194,7 +193,9 @@ impl Refused {
     fn new(object: &Object, invalid: InvalidObject) -> Self {
         let kind = match (known_kind(object), object.kind.as_str()) {
             (_, "ServiceRole" | "ServiceRoleBinding") => RefusedKind::Grant,
-            (_, "DestinationRule") => RefusedKind::DestinationRule,
+            (_, "DestinationRule") => {
+                RefusedKind::DestinationRule { host: object.spec["host"].as_str().map(str::to_owned) }
+            }
             (false, _) => RefusedKind::Unknown,
             (true, "Policy") => RefusedKind::Policy(targets_reach(object)),
             (true, "MeshPolicy") => RefusedKind::MeshPolicy,

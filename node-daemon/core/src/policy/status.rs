@@ -200,7 +200,9 @@ impl View<'_> {
             RefusedKind::RequestAuthentication(reach) => {
                 format!("every request is denied to HTTP ports of {}", self.reach(name, reach))
             }
-            RefusedKind::DestinationRule => "none: this version does not enforce such objects".to_owned(),
+            RefusedKind::DestinationRule { .. } => {
+                "none: this version does not enforce such objects".to_owned()
+            }
             RefusedKind::Unknown => denied(self.scope(name, &Selector::new())),
         }
     }
