@@ -83,6 +83,7 @@ struct Why {
     /// A service or workload as namespace/name or by its name in DNS, or an address; with its port
     #[arg(value_name = "TO:PORT")]
     to: String,
+    /// Where the port is judged request by request
     #[arg(requires = "path")]
     method: Option<String>,
     /// With query

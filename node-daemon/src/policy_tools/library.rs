@@ -22,7 +22,7 @@ pub(super) struct Files {
 
 impl Files {
     pub(super) fn beside(cases: &Path) -> Self {
-        let folder = cases.parent().unwrap_or(Path::new("")).to_owned();
+        let folder = cases.parent().map(Path::to_owned).unwrap_or_default();
         Self { folder, loaded: RefCell::default() }
     }
 }

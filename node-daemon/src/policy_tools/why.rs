@@ -27,6 +27,9 @@ use spiffe_id::TrustDomain;
 use super::library::{self, OfFile};
 use crate::jwks;
 
+const WHOLE: &str = "the connection is judged as a whole: method, path, headers and token do not count";
+const ASSUMED: &str = "the token's signature is taken for good: keys of issuers are not fetched here";
+
 /// What is asked.
 #[derive(Debug)]
 pub struct Question {
@@ -49,7 +52,7 @@ pub struct Answer {
     identity: String,
     explanation: Explanation,
     change: Vec<String>,
-    notes: Vec<&'static str>,
+    notes: Vec<String>,
 }
 
 /// Why there is no answer.
@@ -176,7 +179,9 @@ fn judge(
             true => Presented::Tunnel(caller.identity.clone()),
             false => Presented::Plaintext,
         },
-        source_address: same_family.or(caller.addresses.first().copied()).unwrap_or(found.endpoint.ip()),
+        source_address: same_family
+            .or_else(|| caller.addresses.first().copied())
+            .unwrap_or_else(|| found.endpoint.ip()),
         destination_address: found.endpoint.ip(),
         destination_port: found.endpoint.port(),
         destination: Arc::clone(&found.destination),
@@ -184,7 +189,7 @@ fn judge(
     let rules = snapshot.token_rules(&found.destination, found.endpoint.port());
     let asked = Asked::new(question, rules);
     let request = asked.facts();
-    let mut notes = Vec::new();
+    let mut notes = problems(snapshot);
     let (denied, is_by_request) = match (snapshot.admit(&facts), &request) {
         (Err(denial), _) => (Some(denial.reason), false),
         (Ok(Admission::Stream(_)), _) => (None, false),
@@ -196,10 +201,10 @@ fn judge(
         }
     };
     if request.is_some() && !is_by_request {
-        notes.push("the connection is judged as a whole: method, path, headers and token do not count");
+        notes.push(WHOLE.to_owned());
     }
     if asked.has_assumed && is_by_request {
-        notes.push("the token's signature is taken for good: keys of issuers are not fetched here");
+        notes.push(ASSUMED.to_owned());
     }
     let explanation = snapshot.explain(&facts, request.as_ref().filter(|_| is_by_request));
     let service = found.service.as_ref().map(|service| format!(", of service {service}"));
@@ -217,6 +222,16 @@ fn judge(
         explanation,
         notes,
     })
+}
+
+/// What is wrong with the documents: the answer may hang on it.
+fn problems(snapshot: &Snapshot) -> Vec<String> {
+    let of_documents = snapshot.problems().iter().map(ToString::to_string);
+    let of_policies = snapshot.statuses().iter().filter(|status| !status.accepted).filter_map(|status| {
+        let problem = status.problem.as_deref()?;
+        Some(format!("{}: {} {}: {problem}", status.source.file, status.kind, status.name))
+    });
+    of_documents.chain(of_policies).collect()
 }
 
 /// The request of a question, its token verified.

@@ -5,7 +5,7 @@
 use std::{fmt, sync::Arc};
 
 use super::{
-    ConnectionFacts, Denial,
+    ConnectionFacts, Denial, DenialReason,
     compile::Compiled,
     evaluate::seen,
     request::{Admission, RequestDenialKind, RequestFacts},
@@ -56,7 +56,7 @@ impl Compiled {
     pub fn explain(&self, connection: &ConnectionFacts, request: Option<&RequestFacts<'_>>) -> Explanation {
         let considered = self.considered(connection, request);
         let (answer, verdict) = match (self.admit(connection), request) {
-            (Err(Denial { reason, verdict }), _) => (Err(reason.label().to_owned()), verdict),
+            (Err(Denial { reason, verdict }), _) => (Err((reason, reason.label().to_owned())), verdict),
             (Ok(Admission::Stream(permit)), None) => (Ok(()), permit.verdict().clone()),
             (Ok(Admission::Stream(_) | Admission::Requests), Some(request)) => {
                 match self.judge_request(connection, request) {
@@ -69,13 +69,20 @@ impl Compiled {
                             }
                             (_, None) => denial.reason.label().to_owned(),
                         };
-                        (Err(text), denial.verdict)
+                        (Err((denial.reason, text)), denial.verdict)
                     }
                 }
             }
             (Ok(Admission::Requests), None) => (Ok(()), super::Verdict::default()),
         };
-        let reason = reason(answer.as_ref().err().map(String::as_str), &considered);
+        let reason = match &answer {
+            Ok(()) => reason(None, &considered),
+            Err((DenialReason::DeniedByRule | DenialReason::NoRuleAllows, text)) => {
+                reason(Some(text), &considered)
+            }
+            // No rule was asked.
+            Err((_, text)) => text.clone(),
+        };
         let allowed = answer.is_ok();
         Explanation { allowed, policy: verdict.policy, rule: verdict.rule, reason, considered }
     }
