@@ -18,6 +18,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use ipnet::IpNet;
 use node_core::{snapshot::Snapshot, workload::ObjectName};
 use spiffe_id::NodeId;
 use tokio::{
@@ -36,6 +37,7 @@ use crate::{
     control::{self, ControlConfig},
     datapath::{self, Holds, Limits},
     enrol::{self, EnrolConfig, Enrolment, Standing},
+    jwks::{self, KeysConfig},
     kernel::{Kernel, KernelConfig, MapSizes},
     place::Place,
     sys::{cgroup, process},
@@ -153,6 +155,7 @@ impl Daemon {
         let datapath = datapath::start(datapath::Inputs {
             snapshots: control.snapshots.clone(),
             credentials: Arc::clone(certs.store()),
+            keys: jwks::Store::start(keys_config(config), events.clone())?,
             workloads,
             events: events.clone(),
             limits: Limits::of_descriptors(descriptors),
@@ -416,6 +419,14 @@ fn enrol_config(config: &Config) -> Result<EnrolConfig> {
         state: config.root.state().join(enrol::STATE_FILE),
         mark: MARK,
     })
+}
+
+/// The CA and the API server, where there is one, are no servers of key sets (T-21).
+fn keys_config(config: &Config) -> KeysConfig {
+    let api_server = std::env::var("KUBERNETES_SERVICE_HOST").ok().and_then(|host| host.parse().ok());
+    let refuse = [Some(config.ca.address.ip()), api_server].into_iter().flatten().map(IpNet::from).collect();
+    let keys = &config.jwks;
+    KeysConfig { allow: keys.allow.clone(), http: keys.http, roots: keys.roots.clone(), refuse }
 }
 
 fn holds(config: &Config) -> Holds {

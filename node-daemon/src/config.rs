@@ -12,6 +12,7 @@ use std::{
 };
 
 use clap::Args;
+use ipnet::IpNet;
 use serde_json::{Map, Value, json};
 use spiffe_id::TrustDomain;
 use tracing_subscriber::filter::{Directive, LevelFilter};
@@ -60,6 +61,7 @@ pub struct Config {
     pub ready_listen: SocketAddr,
     pub hold: HoldConfig,
     pub drain: Duration,
+    pub jwks: JwksConfig,
     pub log: LogConfig,
     /// Threads that run tasks; `None`: one a processor.
     pub workers: Option<usize>,
@@ -80,6 +82,17 @@ pub struct HoldConfig {
     pub certificate: Duration,
     pub unknown_address: Duration,
     pub dead_peer: Duration,
+}
+
+/// Where the node may fetch key sets of tokens' issuers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct JwksConfig {
+    /// Addresses that are refused otherwise: loopback, link-local, this node's own, metadata services.
+    pub allow: Vec<IpNet>,
+    /// Whether plain http is fetched.
+    pub http: bool,
+    /// Roots in PEM; `None`: the system's.
+    pub roots: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -225,6 +238,7 @@ impl Config {
             ready_listen: top.parsed("readyListen", ADDRESS)?.unwrap_or(DEFAULT_READY_LISTEN),
             hold: HoldConfig::parse(&mut top)?,
             drain: top.seconds("drainSeconds", DRAIN_SECONDS_MAX)?.unwrap_or(DEFAULT_DRAIN),
+            jwks: JwksConfig::parse(&mut top)?,
             log: LogConfig::parse(&mut top)?,
             workers: top
                 .number("workers", 1, WORKERS_MAX)?
@@ -264,6 +278,7 @@ impl Config {
                 "deadPeer": self.hold.dead_peer.as_secs(),
             },
             "drainSeconds": self.drain.as_secs(),
+            "jwks": {"allow": self.jwks.allow, "http": self.jwks.http, "roots": self.jwks.roots},
             "log": {"format": self.log.format.label(), "level": self.log.level},
             "workers": self.workers,
         })
@@ -295,6 +310,19 @@ impl HoldConfig {
             certificate: seconds("certificate", DEFAULT_HOLD_CERTIFICATE)?,
             unknown_address: seconds("unknownAddress", DEFAULT_HOLD_UNKNOWN_ADDRESS)?,
             dead_peer: seconds("deadPeer", DEFAULT_HOLD_DEAD_PEER)?,
+        };
+        section.finish()?;
+        Ok(config)
+    }
+}
+
+impl JwksConfig {
+    fn parse(top: &mut Section) -> Result<Self, ConfigError> {
+        let mut section = top.section("jwks")?;
+        let config = Self {
+            allow: section.take("allow", ranges)?.unwrap_or_default(),
+            http: section.take("http", |value| value.as_bool().ok_or(BOOLEAN))?.unwrap_or_default(),
+            roots: section.path("roots")?,
         };
         section.finish()?;
         Ok(config)
@@ -348,6 +376,11 @@ const ADDRESS: Grammar = Grammar {
 const TRUST_DOMAIN: Grammar = Grammar {
     expected: "a trust domain of a-z, 0-9, '.', '-' and '_', such as cluster.local",
     remedy: "write the mesh's trust domain, as in the Mesh document",
+};
+const BOOLEAN: Grammar = Grammar { expected: "true or false", remedy: "choose one of the two" };
+const RANGES: Grammar = Grammar {
+    expected: "a list of addresses or ranges, such as [10.0.0.0/8, 127.0.0.1]",
+    remedy: "write IP addresses or ranges, not names",
 };
 const LOG_FORMAT: Grammar = Grammar { expected: "json or text", remedy: "choose one of the two" };
 
@@ -481,6 +514,16 @@ impl Section {
     }
 }
 
+/// An address alone is a range of one.
+fn ranges(value: &Value) -> Result<Vec<IpNet>, Grammar> {
+    let range = |value: &Value| {
+        let text = value.as_str()?;
+        text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+    };
+    let all = value.as_array().and_then(|list| list.iter().map(range).collect());
+    all.ok_or(RANGES)
+}
+
 fn read_file(path: &Path) -> Result<String, ConfigError> {
     let read = |source| ConfigError::Read { path: path.to_owned(), source };
     let size = fs::metadata(path).map_err(read)?.len();
@@ -556,6 +599,7 @@ mod tests {
         assert_eq!(config.hold.unknown_address, Duration::from_secs(5));
         assert_eq!(config.hold.dead_peer, Duration::from_secs(10));
         assert_eq!(config.drain, Duration::from_secs(30));
+        assert_eq!(config.jwks, JwksConfig::default());
         assert_eq!(config.log, LogConfig { format: LogFormat::Json, level: "info".to_owned() });
         assert_eq!(config.ca.trust_domain.to_string(), "cluster.local");
         assert_eq!(config.root.admin_socket(), Path::new("/r/run/culvert/admin.sock"));
@@ -606,6 +650,11 @@ mod tests {
         refused(&tail("log: {level: 'a=b=c'}"), "log.level: ", "level");
         refused(&tail("log: {level: inof}"), "log.level: found \"inof\"", "level");
         refused(&tail("log: {level: 'info,'}"), "log.level: ", "level");
+        refused(&tail("jwks: {allow: [host.example]}"), "jwks.allow: ", "not names");
+        refused(&tail("jwks: {allow: 10.0.0.0/8}"), "jwks.allow: ", "a list");
+        refused(&tail("jwks: {http: 1}"), "jwks.http: found 1", "true or false");
+        refused(&tail("jwks: {roots: ca.pem}"), "jwks.roots: ", "absolute");
+        refused(&tail("jwks: {redirects: true}"), "jwks.redirects: ", "no such key");
         refused(&tail("workers: 0"), "workers: found 0", "1 to 256");
         refused(&tail("workers: 257"), "workers: found 257", "1 to 256");
         refused(&tail("drainSeconds: 3601"), "drainSeconds: found 3601", "0 to 3600");

@@ -1,8 +1,8 @@
 //! A node's daemon: everything that reads, writes, listens or waits. Decisions are in [`node_core`].
 //!
 //! In reading order: what the operator says ([`config`]), documents to snapshots ([`control`]), who is who ([`certs`]), who is
-//! under capture ([`enrol`], [`kernel`]), one connection from end to end ([`datapath`]). Beneath them [`net`] and [`sys`]; beside
-//! them [`telemetry`] and [`admin`]. [`place`] is the daemon's hold on its node, [`app`] wires all of it.
+//! under capture ([`enrol`], [`kernel`]), whose tokens count ([`jwks`]), one connection from end to end ([`datapath`]). Beneath them [`net`] and [`sys`]; beside
+//! them [`telemetry`] and [`admin`]; apart from the daemon, [`policy_tools`]. [`place`] is the daemon's hold on its node, [`app`] wires all of it.
 #![deny(unsafe_code)]
 
 pub mod config;
@@ -15,6 +15,8 @@ pub mod enrol;
 
 pub mod kernel;
 
+pub mod jwks;
+
 pub mod datapath;
 
 pub mod net;
@@ -24,6 +26,8 @@ pub mod sys;
 pub mod telemetry;
 
 pub mod admin;
+
+pub mod policy_tools;
 
 pub mod place;
 

@@ -13,11 +13,13 @@
 //! 7. [`tunnel`]: the tunnel's header, the key of its pool.
 //! 8. [`kernel_plan`]: from what the kernel knows to what it should know.
 //! 9. [`rotation`]: when to renew, to back off, to give up.
+//! 10. [`cases`]: cases of operators, run through the evaluator that enforces.
 //!
 //! Not here: clocks, randomness, sockets, files, locks, Kubernetes. Times and seeds are arguments.
 #![forbid(unsafe_code)]
 
 pub mod attest;
+pub mod cases;
 pub mod decode;
 pub mod kernel_plan;
 pub mod policy;

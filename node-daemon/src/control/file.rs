@@ -147,7 +147,7 @@ impl Folder {
         let mut read = Vec::new();
         let mut now = BTreeMap::new();
         for file in files {
-            match contents(Path::new(&*file)) {
+            match contents(Path::new(&*file), FILE_BYTES_MAX) {
                 Ok(None) => {}
                 Ok(Some(text)) => {
                     let seen = Seen::Contents(Sha256::digest(text.as_bytes()).into());
@@ -329,8 +329,23 @@ fn list(folder: &Path) -> Result<Vec<Arc<str>>, Unreadable> {
     Ok(files)
 }
 
+/// The text of a file that somebody named, whatever its ending.
+///
+/// # Errors
+/// Why it cannot be read, or is longer than `bytes_max`.
+pub fn read(path: &Path, bytes_max: u64) -> Result<String, String> {
+    if path.is_dir() {
+        return Err("it is a folder: name a file".to_owned());
+    }
+    match contents(path, bytes_max) {
+        Ok(Some(text)) => Ok(text),
+        Ok(None) => Err("there is no such file".to_owned()),
+        Err(unreadable) => Err(unreadable.reason),
+    }
+}
+
 /// The text of a file; `None` if it is gone since it was listed.
-fn contents(path: &Path) -> Result<Option<String>, Unreadable> {
+fn contents(path: &Path, bytes_max: u64) -> Result<Option<String>, Unreadable> {
     let mut options = File::options();
     // A named pipe without a writer would keep us waiting.
     options.read(true).custom_flags(nix::libc::O_NONBLOCK);
@@ -348,9 +363,9 @@ fn contents(path: &Path) -> Result<Option<String>, Unreadable> {
         });
     }
     let mut bytes = Vec::new();
-    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > FILE_BYTES_MAX {
-        let reason = format!("it has more than {FILE_BYTES_MAX} bytes: divide it into several files");
+    file.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > bytes_max {
+        let reason = format!("it has more than {bytes_max} bytes: divide it into several files");
         return Err(Unreadable { reason, limit: Some(FILE_BYTES_LIMIT) });
     }
     String::from_utf8(bytes).map(Some).map_err(|error| {

@@ -3,36 +3,51 @@
 
 use std::sync::Arc;
 
-use node_core::policy::{ConnectionFacts, Permit};
+use node_core::{
+    policy::{Admission, ConnectionFacts, Permit},
+    snapshot::Snapshot,
+};
 
 use super::{
     Shared,
     live::{Judged, Registration},
     record::{Ending, Record},
+    requests::Flights,
 };
+
+/// How an inbound connection was admitted.
+pub(super) enum Admitted {
+    Stream(Permit, Registration),
+    Requests(Arc<Flights>, Registration),
+}
 
 /// Admits an inbound connection, or says who refused it and why.
 pub(super) fn admit(
     shared: &Shared,
     facts: ConnectionFacts,
     record: &mut Record,
-) -> Result<(Permit, Registration), Ending> {
+) -> Result<Admitted, Ending> {
     let snapshot = shared.snapshot();
     record.judged_by(snapshot.number());
-    let permit = snapshot.authorise(&facts)?;
-    record.allowed_by(permit.verdict());
-    let registration =
-        shared.live.register(Judged::Inbound(facts), &snapshot, record.ends(), record.progress());
-    registration.confirm(&shared.snapshots).inspect_err(|_| record.rejudged(&registration))?;
-    record.rejudged(&registration);
-    Ok((permit, registration))
+    match snapshot.admit(&facts)? {
+        Admission::Stream(permit) => {
+            record.allowed_by(permit.verdict());
+            let registration = enter(shared, Judged::Inbound(facts), &snapshot, record)?;
+            Ok(Admitted::Stream(permit, registration))
+        }
+        Admission::Requests => {
+            let flights = Arc::new(Flights::new(facts, Arc::clone(&shared.keys)));
+            let registration = enter(shared, Judged::Requests(Arc::clone(&flights)), &snapshot, record)?;
+            Ok(Admitted::Requests(flights, registration))
+        }
+    }
 }
 
-/// Admits an outbound connection whose way is known: it must still be the way (T-18).
-pub(super) fn let_out(
+/// Enters a connection into the list of the open ones: it must still be what it was judged as (T-18).
+pub(super) fn enter(
     shared: &Shared,
     judged: Judged,
-    snapshot: &Arc<node_core::snapshot::Snapshot>,
+    snapshot: &Snapshot,
     record: &mut Record,
 ) -> Result<Registration, Ending> {
     let registration = shared.live.register(judged, snapshot, record.ends(), record.progress());

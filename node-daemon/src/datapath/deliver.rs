@@ -5,7 +5,10 @@ use std::{
     time::Duration,
 };
 
-use node_core::{policy::Permit, workload::ObjectName};
+use node_core::{
+    policy::{Permit, RequestPermit},
+    workload::ObjectName,
+};
 use tokio::net::TcpStream;
 
 use super::{accept::Site, record::Ending};
@@ -14,9 +17,18 @@ use crate::{net::DialError, telemetry::Reason};
 /// Time for the workload to accept, in seconds: it is on this machine; only a full backlog makes it wait.
 pub(super) const DELIVER_SECONDS: u64 = 5;
 
-/// Connects to the workload. Asks for a [`Permit`]: nothing is sent to a workload without one.
+/// Proof that something may be sent to the workload: nothing is without one.
+pub(super) trait Proof {}
+
+/// The connection as a whole.
+impl Proof for Permit {}
+
+/// A connection's first request, or one whose predecessors' connection is gone.
+impl Proof for RequestPermit {}
+
+/// Connects to the workload.
 pub(super) async fn deliver(
-    _permit: Permit,
+    _proof: &impl Proof,
     site: &Site,
     workload: &ObjectName,
     client: IpAddr,

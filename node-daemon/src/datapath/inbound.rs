@@ -20,12 +20,13 @@ use tokio::{net::TcpStream, time::Instant};
 use super::{
     Shared,
     accept::{Accepted, Place, Site},
-    authorise::admit,
+    authorise::{Admitted, admit},
     carry::{Prefixed, Side, carry},
     deliver::deliver,
     identify::{self, Spoken},
     live::Registration,
     record::{Ending, Record, known_end, protocol_of, proven_end, workload_end},
+    requests::{self, Flights},
     tunnel::{self, Asked, HandshakeFailed, Secured},
 };
 use crate::{
@@ -34,7 +35,7 @@ use crate::{
 };
 
 /// Serves one connection at the workload's own port.
-pub(super) async fn serve(shared: &Shared, site: &Site, accepted: Accepted, own_port: u16) {
+pub(super) async fn serve(shared: &Arc<Shared>, site: &Arc<Site>, accepted: Accepted, own_port: u16) {
     let (client, target) = (accepted.client, accepted.target);
     let mut record = shared.record(Direction::Inbound, Path::Relay, client, target);
     let ending = tokio::select! {
@@ -46,8 +47,8 @@ pub(super) async fn serve(shared: &Shared, site: &Site, accepted: Accepted, own_
 }
 
 async fn come_in(
-    shared: &Shared,
-    site: &Site,
+    shared: &Arc<Shared>,
+    site: &Arc<Site>,
     accepted: Accepted,
     own_port: u16,
     record: &mut Record,
@@ -89,17 +90,32 @@ async fn come_in(
     }
 }
 
-/// Asks the policy, delivers, relays.
-async fn through<C: Side>(
-    shared: &Shared,
-    site: &Site,
+/// Asks the policy; delivers and relays, or serves request by request.
+async fn through<C: Side + Send + 'static>(
+    shared: &Arc<Shared>,
+    site: &Arc<Site>,
     client: C,
     facts: ConnectionFacts,
     record: &mut Record,
 ) -> Result<Ending, Ending> {
-    let (server, registration) = admit_and_deliver(shared, site, facts, record).await?;
-    record.opened();
-    Ok(carry(client, server, record, &registration).await)
+    match admit_and_deliver(shared, site, facts, record).await? {
+        Reached::Stream(server, registration) => {
+            record.opened();
+            Ok(carry(client, server, record, &registration).await)
+        }
+        Reached::Requests(flights, registration) => {
+            record.opened();
+            Ok(requests::serve(shared, site, client, flights, &registration, record).await)
+        }
+    }
+}
+
+/// What a client that was admitted is served by.
+enum Reached {
+    /// The workload itself.
+    Stream(TcpStream, Registration),
+    /// The workload, request by request.
+    Requests(Arc<Flights>, Registration),
 }
 
 async fn admit_and_deliver(
@@ -107,16 +123,19 @@ async fn admit_and_deliver(
     site: &Site,
     facts: ConnectionFacts,
     record: &mut Record,
-) -> Result<(TcpStream, Registration), Ending> {
+) -> Result<Reached, Ending> {
     let target = SocketAddr::new(facts.destination_address, facts.destination_port);
     let (client, workload) = (facts.source_address, facts.destination.name.clone());
-    let (permit, registration) = admit(shared, facts, record)?;
+    let (permit, registration) = match admit(shared, facts, record)? {
+        Admitted::Stream(permit, registration) => (permit, registration),
+        Admitted::Requests(flights, registration) => return Ok(Reached::Requests(flights, registration)),
+    };
     let server = tokio::select! {
         biased;
         cut = registration.cut() => return Err(cut.into()),
-        server = deliver(permit, site, &workload, client, target) => server?,
+        server = deliver(&permit, site, &workload, client, target) => server?,
     };
-    Ok((server, registration))
+    Ok(Reached::Stream(server, registration))
 }
 
 /// The workload that was dialled: the site's own, or on a host the one that declares the port (T-6). The daemon's own listener
@@ -299,7 +318,7 @@ async fn serve_streams(
     }
 }
 
-async fn serve_stream(shared: &Shared, site: &Site, tunnelled: &Tunnelled, asked: Asked) {
+async fn serve_stream(shared: &Arc<Shared>, site: &Arc<Site>, tunnelled: &Tunnelled, asked: Asked) {
     let mut record = shared.record(Direction::Inbound, Path::Tunnel, tunnelled.client, tunnelled.target);
     let ending = tokio::select! {
         biased;
@@ -310,25 +329,31 @@ async fn serve_stream(shared: &Shared, site: &Site, tunnelled: &Tunnelled, asked
 }
 
 async fn stream_in(
-    shared: &Shared,
-    site: &Site,
+    shared: &Arc<Shared>,
+    site: &Arc<Site>,
     tunnelled: &Tunnelled,
     asked: Asked,
     record: &mut Record,
 ) -> Ending {
-    let (server, registration, _place) =
-        match stream_to_workload(shared, site, tunnelled, &asked, record).await {
-            Ok(reached) => reached,
-            Err(ending) => {
-                asked.refuse(status(&ending));
-                return ending;
-            }
-        };
+    let (reached, _place) = match stream_to_workload(shared, site, tunnelled, &asked, record).await {
+        Ok(reached) => reached,
+        Err(ending) => {
+            asked.refuse(status(&ending));
+            return ending;
+        }
+    };
     record.opened();
-    match asked.accept() {
-        Ok(stream) => carry(stream, server, record, &registration).await,
-        Err(error) => {
-            server.arm();
+    match (asked.accept(), reached) {
+        (Ok(stream), Reached::Stream(server, registration)) => {
+            carry(stream, server, record, &registration).await
+        }
+        (Ok(stream), Reached::Requests(flights, registration)) => {
+            requests::serve(shared, site, stream, flights, &registration, record).await
+        }
+        (Err(error), reached) => {
+            if let Reached::Stream(server, _) = reached {
+                server.arm();
+            }
             Ending::broken(Reason::TunnelLost, error)
         }
     }
@@ -340,7 +365,7 @@ async fn stream_to_workload(
     tunnelled: &Tunnelled,
     asked: &Asked,
     record: &mut Record,
-) -> Result<(TcpStream, Registration, Place), Ending> {
+) -> Result<(Reached, Place), Ending> {
     let snapshot = shared.snapshot();
     record.judged_by(snapshot.number());
     learn_peer(record, &snapshot, tunnelled.client, &tunnelled.peer, tunnelled.tls.clone());
@@ -350,8 +375,8 @@ async fn stream_to_workload(
     let presented = Presented::Tunnel(tunnelled.peer.identity.clone());
     // The tunnel's own address is the source's (T-9); nothing that the client writes about itself is read.
     let facts = facts(&destination, target, tunnelled.client, presented);
-    let (server, registration) = admit_and_deliver(shared, site, facts, record).await?;
-    Ok((server, registration, place))
+    let reached = admit_and_deliver(shared, site, facts, record).await?;
+    Ok((reached, place))
 }
 
 /// Which workload and port are meant (T-8).

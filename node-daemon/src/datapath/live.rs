@@ -14,7 +14,7 @@ use std::{
 };
 
 use node_core::{
-    policy::{ConnectionFacts, Denial, Verdict as Deciding},
+    policy::{Admission, ConnectionFacts, Denial, Verdict as Deciding},
     snapshot::{Route, RouteRefusal, Snapshot},
     workload::{ObjectName, Workload},
 };
@@ -22,6 +22,7 @@ use spiffe_id::SpiffeId;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::requests::Flights;
 use crate::{net::Progress, telemetry::Ends};
 
 /// Connections judged between two pauses, so that a change of policy does not hold up a thread of the runtime: some
@@ -29,10 +30,12 @@ use crate::{net::Progress, telemetry::Ends};
 pub(super) const REJUDGED_AT_ONCE: usize = 256;
 
 /// What a connection was allowed by, in a form that can be asked again.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) enum Judged {
     /// The policy of the destination, which runs here.
     Inbound(ConnectionFacts),
+    /// The same policy, which judges each request.
+    Requests(Arc<Flights>),
     /// Route, secure naming and enrolment of the source, which runs here.
     Tunnel { source: Arc<Workload>, target: SocketAddr, seed: u64, endpoint: SocketAddr, peer: SpiffeId },
     /// Still outside the mesh?
@@ -42,9 +45,11 @@ pub(super) enum Judged {
 /// Why an open connection is ended from this side.
 #[derive(Clone, Debug)]
 pub(super) enum Cut {
-    Denied(Denial),
+    Denied(Box<Denial>),
     /// The way it took leads elsewhere, or nowhere.
     Rerouted(Option<RouteRefusal>),
+    /// It is judged by requests where it was not, or the other way round.
+    Rejudged,
     /// The source or the destination is no longer enrolled here.
     WorkloadLeft,
     /// The daemon has drained for its full time.
@@ -58,6 +63,7 @@ impl Judged {
     fn judge(&self, snapshot: &Snapshot) -> Judgement {
         match self {
             Self::Inbound(facts) => judge_inbound(facts, snapshot),
+            Self::Requests(flights) => judge_requests(flights, snapshot),
             Self::Tunnel { source, target, seed, endpoint, peer } => {
                 still_here(source, snapshot)?;
                 match snapshot.route(source, *target, *seed) {
@@ -90,20 +96,41 @@ impl Judged {
     fn workload(&self) -> &ObjectName {
         match self {
             Self::Inbound(facts) => &facts.destination.name,
+            Self::Requests(flights) => &flights.connection().destination.name,
             Self::Tunnel { source, .. } | Self::Passthrough { source, .. } => &source.name,
         }
     }
 }
 
-/// The workload as the new snapshot knows it decides: labels and ports may have changed.
 fn judge_inbound(facts: &ConnectionFacts, snapshot: &Snapshot) -> Judgement {
+    match snapshot.admit(&current(facts, snapshot)?).map_err(denied)? {
+        Admission::Stream(permit) => Ok(Some(permit.verdict().clone())),
+        Admission::Requests => Err(Cut::Rejudged),
+    }
+}
+
+fn denied(denial: Denial) -> Cut {
+    Cut::Denied(Box::new(denial))
+}
+
+/// Each request has its own answer. A port that is no longer judged by requests lets those go on that still may.
+fn judge_requests(flights: &Flights, snapshot: &Snapshot) -> Judgement {
+    let facts = current(flights.connection(), snapshot)?;
+    let admission = snapshot.admit(&facts).map_err(denied)?;
+    flights.rejudge(&facts, snapshot);
+    match admission {
+        Admission::Requests => Ok(None),
+        Admission::Stream(_) => Err(Cut::Rejudged),
+    }
+}
+
+/// The workload as the new snapshot knows it decides: labels and ports may have changed.
+fn current(facts: &ConnectionFacts, snapshot: &Snapshot) -> Result<ConnectionFacts, Cut> {
     let destination = snapshot
         .workload(&facts.destination.name)
         .filter(|destination| destination.is_reached_at(facts.destination_address))
         .ok_or(Cut::WorkloadLeft)?;
-    let facts = ConnectionFacts { destination: Arc::clone(destination), ..facts.clone() };
-    let permit = snapshot.authorise(&facts).map_err(Cut::Denied)?;
-    Ok(Some(permit.verdict().clone()))
+    Ok(ConnectionFacts { destination: Arc::clone(destination), ..facts.clone() })
 }
 
 fn still_here(source: &Workload, snapshot: &Snapshot) -> Result<(), Cut> {

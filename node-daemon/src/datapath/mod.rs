@@ -7,6 +7,9 @@
 //!            client on the workload's port --> [accept] --> [identify] mesh TLS or plaintext --> [authorise] --> [deliver]
 //! ```
 //!
+//! Where the policy asks what only a request can answer, [`requests`] stands between authorise and deliver, and judges each
+//! request.
+//!
 //! [`outbound`] and [`inbound`] are the two stories, one screen each; [`live`] re-judges what is open, [`record`] tells
 //! of it, [`carry`] moves the bytes. In come enrolled workloads with their listeners, snapshots, and credentials to look
 //! up. Knows nothing of Kubernetes, of the CA, of maps, or of how a snapshot is made; the kernel is behind [`Ground`].
@@ -21,6 +24,7 @@ mod inbound;
 mod live;
 mod outbound;
 mod record;
+mod requests;
 mod tunnel;
 
 #[cfg(test)]
@@ -67,7 +71,7 @@ pub use self::{
     tunnel::{HANDSHAKE_SECONDS, STREAMS_PER_TUNNEL_MAX},
 };
 use crate::{
-    certs,
+    certs, jwks,
     net::Listeners,
     telemetry::{Direction, Path, Sink},
 };
@@ -111,6 +115,8 @@ pub struct Arrival {
 pub struct Inputs {
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
     pub credentials: Arc<certs::Store>,
+    /// Keys of the issuers of tokens.
+    pub keys: Arc<jwks::Store>,
     pub workloads: mpsc::Receiver<Change>,
     pub events: Sink,
     pub limits: Limits,
@@ -121,6 +127,7 @@ pub struct Inputs {
 struct Shared {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     credentials: Arc<certs::Store>,
+    keys: Arc<jwks::Store>,
     events: Sink,
     limits: Limits,
     holds: Holds,
@@ -140,6 +147,7 @@ impl Shared {
         Self {
             snapshots: inputs.snapshots.clone(),
             credentials: Arc::clone(&inputs.credentials),
+            keys: Arc::clone(&inputs.keys),
             events: inputs.events.clone(),
             limits: inputs.limits,
             holds: inputs.holds,

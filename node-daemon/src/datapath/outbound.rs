@@ -16,7 +16,7 @@ use tokio::{
 use super::{
     Shared,
     accept::{Accepted, Site},
-    authorise::let_out,
+    authorise::enter,
     carry::carry,
     deliver::unreached,
     identify,
@@ -166,7 +166,7 @@ async fn through_tunnel(
         endpoint: way.endpoint,
         peer: opened.peer.identity,
     };
-    let registration = let_out(shared, judged, &way.snapshot, record)?;
+    let registration = enter(shared, judged, &way.snapshot, record)?;
     record.opened();
     Ok(carry(stream, opened.stream, record, &registration).await)
 }
@@ -217,7 +217,7 @@ async fn outside(
         ends.destination = known_end(snapshot, target);
     });
     let judged = Judged::Passthrough { source: Arc::clone(source.workload()), target };
-    let registration = let_out(shared, judged, snapshot, record)?;
+    let registration = enter(shared, judged, snapshot, record)?;
     let within = Duration::from_secs(OUTSIDE_DIAL_SECONDS);
     let server = tokio::select! {
         biased;

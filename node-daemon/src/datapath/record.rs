@@ -93,11 +93,15 @@ impl From<RouteRefusal> for Ending {
 impl From<Cut> for Ending {
     fn from(cut: Cut) -> Self {
         match cut {
-            Cut::Denied(denial) => denial.into(),
+            Cut::Denied(denial) => (*denial).into(),
             Cut::Rerouted(Some(refusal)) => refusal.into(),
             Cut::Rerouted(None) => Self::denied(
                 Reason::Route(RouteReason::NoEndpoints),
                 "the way that it took leads there no longer",
+            ),
+            Cut::Rejudged => Self::broken(
+                Reason::Rejudged,
+                "its port is judged by requests, and was not, or the other way round",
             ),
             Cut::WorkloadLeft => Self::broken(Reason::WorkloadLeft, "its workload left the mesh, or changed"),
             Cut::Drained => Self::broken(Reason::Drained, "the daemon drained for its full time"),

@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     certs::{self, testing::Ca},
+    jwks::{self, KeysConfig},
     net::DialError,
     telemetry::Sink,
 };
@@ -141,6 +142,11 @@ impl Node {
         documents: Vec<Value>,
         limits: Limits,
     ) -> Arc<Self> {
+        let keys = KeysConfig {
+            allow: vec!["127.0.0.0/8".parse().expect("a range")],
+            http: true,
+            ..KeysConfig::default()
+        };
         let mut store = Store::new(name, "cluster.local".parse().expect("a trust domain"));
         let problems = store.apply(Update::replace("mesh.yaml", documents));
         assert_eq!(problems, [], "the documents of the test are good");
@@ -149,6 +155,7 @@ impl Node {
         let shared = Arc::new(Shared::new(&Inputs {
             snapshots: receiver,
             credentials,
+            keys: jwks::Store::start(keys, events.clone()).expect("no file of roots is given"),
             workloads: mpsc::channel(1).1,
             events: events.clone(),
             limits,
@@ -265,6 +272,11 @@ impl Wires {
     /// On a host: the next connection is of a process of this workload.
     pub(super) fn opens(&self, workload: &str) {
         *self.opener.lock().expect("no panic") = Some(ObjectName::new("photo", workload));
+    }
+
+    /// Nobody answers there any more.
+    pub(super) fn forget(&self, address: SocketAddr) {
+        self.answers.lock().expect("no panic").remove(&address);
     }
 
     /// How often `address` was dialled.

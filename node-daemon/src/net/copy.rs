@@ -46,6 +46,16 @@ impl Progress {
     pub fn back(&self) -> u64 {
         self.back.load(Ordering::Relaxed)
     }
+
+    /// Counts what was carried by other means than [`relay`].
+    pub fn add_forward(&self, bytes: usize) {
+        self.forward.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// The same for the other direction.
+    pub fn add_back(&self, bytes: usize) {
+        self.back.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
 }
 
 /// How a relay ended.

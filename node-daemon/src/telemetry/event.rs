@@ -5,6 +5,8 @@ use std::{fmt, net::SocketAddr, sync::Arc, time::Duration, time::SystemTime};
 use node_core::{policy::DenialReason, workload::ObjectName};
 use spiffe_id::SpiffeId;
 
+use super::metrics::RequestCounts;
+
 /// Something that happened. No key material, no token, no payload, in any field.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -62,6 +64,8 @@ pub enum Event {
     ConnectionOpened(Arc<Ends>),
     /// A connection is over, or never came to be. The access log's line.
     ConnectionEnded(Box<ConnectionRecord>),
+    /// One request of a connection that is judged by requests is answered, or was refused. A line of the access log.
+    RequestEnded(Box<RequestRecord>),
 }
 
 /// Which way a connection goes, seen from the workload of this node.
@@ -155,7 +159,42 @@ pub struct ConnectionRecord {
     pub snapshot: u64,
 }
 
-/// How it went for a connection as a whole.
+/// One request at its end.
+#[derive(Clone, Debug)]
+pub struct RequestRecord {
+    pub ends: Arc<Ends>,
+    /// Where requests of this connection are counted.
+    pub counts: Arc<RequestCounts>,
+    /// `http/1.0`, `http/1.1` or `http/2`, or `grpc`.
+    pub protocol: &'static str,
+    pub method: http::Method,
+    /// As it was judged, or where it could not be, as it was sent. The query is never shown.
+    pub path: Option<http::uri::PathAndQuery>,
+    pub status: u16,
+    pub verdict: Verdict,
+    pub policy: Option<Arc<str>>,
+    pub rule: Option<Arc<str>>,
+    pub reason: Option<Reason>,
+    /// Details of `reason`, such as why a token did not count.
+    pub detail: Option<&'static str>,
+    /// What the answer would be if everything were enforced that is only tried; `None`: nothing is.
+    pub shadow: Option<Shadow>,
+    /// The AUDIT policy that records it.
+    pub audit: Option<Arc<str>>,
+    pub duration: Duration,
+    /// Number of the snapshot by which it was judged last.
+    pub snapshot: u64,
+}
+
+/// A would-be verdict.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shadow {
+    pub verdict: Verdict,
+    pub policy: Option<Arc<str>>,
+    pub rule: Option<Arc<str>>,
+}
+
+/// How it went for a connection or request as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Verdict {
     Allowed,
@@ -216,7 +255,7 @@ pub enum Reason {
     NotAttested,
     /// A named limit was reached (T-11).
     Limit,
-    /// The other end spoke something that is not the protocol.
+    /// The other end spoke something that is not the protocol, or has two readings.
     Protocol,
     /// The client reset the connection.
     ClientReset,
@@ -226,6 +265,8 @@ pub enum Reason {
     TunnelLost,
     /// The daemon drained for its full time.
     Drained,
+    /// The port is judged by requests where it was not, or the other way round.
+    Rejudged,
     /// The workload left the mesh.
     WorkloadLeft,
     /// A call of the operating system failed.
@@ -327,6 +368,7 @@ impl Reason {
             Self::ServerReset => "server_reset",
             Self::TunnelLost => "tunnel_lost",
             Self::Drained => "drained",
+            Self::Rejudged => "rejudged",
             Self::WorkloadLeft => "workload_left",
             Self::System => "system",
         }

@@ -33,7 +33,7 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-use super::event::{ConnectionRecord, Ends, Event};
+use super::event::{ConnectionRecord, Ends, Event, RequestRecord};
 
 /// Lines that wait for stdout: 2 s of a node that ends 4,000 connections a second, 1 KiB each. At the limit a line is
 /// left out and counted ([`Lines::lost`]); a reader that hangs does not stop connections.
@@ -140,6 +140,7 @@ pub(super) fn write(event: &Event) {
         }
         Event::ConnectionOpened(ends) => write_opened(ends),
         Event::ConnectionEnded(record) => write_ended(record),
+        Event::RequestEnded(record) => write_request(record),
     }
 }
 
@@ -183,6 +184,43 @@ fn write_ended(record: &ConnectionRecord) {
         tls.cipher = record.tls.as_ref().map(|tls| &*tls.cipher),
         bytes_in = record.bytes_in,
         bytes_out = record.bytes_out,
+        duration_ms = milliseconds(record.duration),
+        snapshot = record.snapshot,
+    );
+}
+
+fn write_request(record: &RequestRecord) {
+    let ends = &record.ends;
+    let (source, destination, shadow) = (&ends.source, &ends.destination, record.shadow.as_ref());
+    info!(
+        target: "access",
+        connection = ends.connection,
+        direction = ends.direction.label(),
+        path = ends.path.label(),
+        source.address = source.address.map(|address| address.to_string()),
+        source.workload = source.workload.as_ref().map(|workload| &*workload.name),
+        source.namespace = source.workload.as_ref().map(|workload| &*workload.namespace),
+        source.identity = source.identity.as_ref().map(tracing::field::display),
+        source.node = source.node.as_deref(),
+        destination.address = destination.address.map(|address| address.to_string()),
+        destination.workload = destination.workload.as_ref().map(|workload| &*workload.name),
+        destination.namespace = destination.workload.as_ref().map(|workload| &*workload.namespace),
+        destination.identity = destination.identity.as_ref().map(tracing::field::display),
+        destination.node = destination.node.as_deref(),
+        service = ends.service.as_ref().map(tracing::field::display),
+        protocol = record.protocol,
+        method = record.method.as_str(),
+        request_path = record.path.as_ref().map(http::uri::PathAndQuery::path),
+        status = record.status,
+        verdict = record.verdict.label(),
+        policy = record.policy.as_deref(),
+        rule = record.rule.as_deref(),
+        reason = record.reason.map(|reason| reason.label()),
+        detail = record.detail,
+        shadow.verdict = shadow.map(|shadow| shadow.verdict.label()),
+        shadow.policy = shadow.and_then(|shadow| shadow.policy.as_deref()),
+        shadow.rule = shadow.and_then(|shadow| shadow.rule.as_deref()),
+        audit = record.audit.as_deref(),
         duration_ms = milliseconds(record.duration),
         snapshot = record.snapshot,
     );

@@ -22,7 +22,7 @@ use prometheus_client::{
 };
 use spiffe_id::SpiffeId;
 
-use super::event::{ConnectionRecord, Direction, Endpoint, Ends, Event, Verdict};
+use super::event::{ConnectionRecord, Direction, Endpoint, Ends, Event, RequestRecord, Verdict};
 
 /// Label sets of one metric: 500 workloads of a node with 8 peers each. Beyond it, what is new is counted under
 /// [`OTHER`] in every label, and [`LABEL_SETS_LIMIT`] is counted.
@@ -44,6 +44,7 @@ pub struct Metrics {
     closed: Bounded<ConnectionLabels, Counter>,
     sent_bytes: Family<ConnectionLabels, Counter>,
     received_bytes: Family<ConnectionLabels, Counter>,
+    requests: Bounded<RequestLabels, Counter>,
     denials: Family<DenialLabels, Counter>,
     kernel_drops: Family<ReasonLabels, Counter<u64, AtomicU64>>,
     kernel_verdicts: Family<VerdictLabels, Counter<u64, AtomicU64>>,
@@ -80,6 +81,20 @@ struct ConnectionLabels {
     destination_service_namespace: String,
     request_protocol: &'static str,
     connection_security_policy: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    #[prometheus(flatten)]
+    connection: ConnectionLabels,
+    response_code: u32,
+}
+
+/// The counters of one connection's requests, looked up once for each status: a request costs no label.
+#[derive(Debug)]
+pub struct RequestCounts {
+    labels: ConnectionLabels,
+    by_status: Mutex<Vec<(u16, Counter)>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -138,6 +153,7 @@ impl Metrics {
         match event {
             Event::ConnectionOpened(ends) => return self.count_opened(ends),
             Event::ConnectionEnded(record) => return self.count_ended(record),
+            Event::RequestEnded(record) => return self.count_request(record),
             Event::WorkloadEnrolled { .. } => {
                 self.enrolled.inc();
             }
@@ -217,6 +233,26 @@ impl Metrics {
         limit
     }
 
+    fn count_request(&self, record: &RequestRecord) -> Option<&'static str> {
+        if let Some(reason) = record.reason.filter(|_| record.verdict != Verdict::Allowed) {
+            let labels = DenialLabels { direction: record.ends.direction.label(), reason: reason.label() };
+            self.denials.get_or_create(&labels).inc();
+        }
+        let counts = &record.counts;
+        let mut by_status = counts.by_status.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, counter)) = by_status.iter().find(|(status, _)| *status == record.status) {
+            counter.inc();
+            return None;
+        }
+        let labels = RequestLabels { connection: counts.labels.clone(), response_code: record.status.into() };
+        let other = |labels: RequestLabels| RequestLabels { connection: labels.connection.other(), ..labels };
+        let (labels, limit) = self.requests.admit(labels, other);
+        let counter = self.requests.family.get_or_create(&labels).clone();
+        counter.inc();
+        by_status.push((record.status, counter));
+        limit
+    }
+
     fn set_unmeshed(&self, workload: &ObjectName, remaining: usize) {
         let mut by_workload = self.unmeshed_by_workload.lock().unwrap_or_else(PoisonError::into_inner);
         if remaining == 0 {
@@ -274,6 +310,13 @@ where
         if self.family.remove(labels) {
             self.sets.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+}
+
+impl RequestCounts {
+    pub fn new(ends: &Ends, protocol: &'static str) -> Self {
+        let labels = ConnectionLabels { request_protocol: protocol, ..ConnectionLabels::of(ends) };
+        Self { labels, by_status: Mutex::default() }
     }
 }
 
@@ -345,6 +388,7 @@ impl Default for Metrics {
             closed: Bounded::default(),
             sent_bytes: Family::default(),
             received_bytes: Family::default(),
+            requests: Bounded::default(),
             denials: Family::default(),
             kernel_drops: Family::default(),
             kernel_verdicts: Family::default(),
@@ -390,7 +434,12 @@ impl Metrics {
             "Bytes from clients to servers",
             self.received_bytes.clone(),
         );
-        registry.register("culvert_denials", "Connections denied or failed, by reason", self.denials.clone());
+        registry.register("istio_requests", "Requests that were answered", self.requests.family.clone());
+        registry.register(
+            "culvert_denials",
+            "Connections and requests denied or failed, by reason",
+            self.denials.clone(),
+        );
         registry.register(
             "culvert_kernel_drops",
             "What the kernel's half refused",

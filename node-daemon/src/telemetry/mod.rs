@@ -15,10 +15,10 @@ use std::sync::{
 
 pub use self::{
     event::{
-        ConnectionRecord, Direction, Endpoint, Ends, Event, HandshakeRefusal, Path, Reason, RouteReason, Tls,
-        Verdict,
+        ConnectionRecord, Direction, Endpoint, Ends, Event, HandshakeRefusal, Path, Reason, RequestRecord,
+        RouteReason, Shadow, Tls, Verdict,
     },
-    metrics::Metrics,
+    metrics::{Metrics, RequestCounts},
 };
 
 /// Where events go. Cheap to clone.

@@ -1,10 +1,12 @@
 //! Front end of `authentication.istio.io/v1alpha1`: `Policy` and `MeshPolicy` (policy ).
 
-use std::collections::BTreeSet;
-
 use serde_json::Value;
 
-use super::reader::{Fault, Fields, Item, Warnings, is_label};
+use super::{
+    authentication::OriginMethod,
+    origins::origin_methods,
+    reader::{Fault, Fields, Item, Warnings, is_label},
+};
 use crate::{decode::Object, workload::TransportMode};
 
 /// The one name under which a policy without targets counts (policy ).
@@ -17,7 +19,12 @@ pub(super) struct Policy {
     pub(super) targets: Vec<Target>,
     /// No peers at all is [`TransportMode::Disabled`] (policy A-5).
     pub(super) mode: TransportMode,
+    /// A peer that fails is nobody (policy A-8).
+    pub(super) peer_is_optional: bool,
     pub(super) tokens: Tokens,
+    pub(super) origins: Vec<OriginMethod>,
+    /// `USE_ORIGIN`
+    pub(super) binds_origin: bool,
 }
 
 /// One service of the policy's own namespace.
@@ -111,15 +118,15 @@ fn read(object: &Object, warnings: &mut Warnings) -> Result<Policy, Fault> {
     let targets = targets(&mut fields, warnings)?;
     let peers = fields.list("peers")?;
     let mode = transport_mode(&peers, warnings)?;
-    if fields.flag("peerIsOptional")? && mode == TransportMode::Strict {
+    let peer_is_optional = fields.flag("peerIsOptional")?;
+    if peer_is_optional && mode == TransportMode::Strict {
         // policy: the listener's TLS mode is decided by mtls alone.
         warnings.say(
             "spec.peerIsOptional",
             "true does not admit plaintext under mtls STRICT: write mode PERMISSIVE for that",
         );
     }
-    let origins = fields.list("origins")?;
-    origin_methods(&origins, warnings)?;
+    let origins = origin_methods(&fields.list("origins")?, warnings)?;
     let origin_is_optional = fields.flag("originIsOptional")?;
     let uses_origin = fields.one_of("principalBinding", &[("USE_PEER", false), ("USE_ORIGIN", true)])?;
     fields.finish()?;
@@ -129,7 +136,7 @@ fn read(object: &Object, warnings: &mut Warnings) -> Result<Policy, Fault> {
         (false, true) => Tokens::Optional,
         (false, false) => Tokens::Required,
     };
-    Ok(Policy { targets, mode, tokens })
+    Ok(Policy { targets, mode, peer_is_optional, tokens, origins, binds_origin: uses_origin })
 }
 
 fn target(item: &Item<'_>, warnings: &mut Warnings) -> Result<Target, Fault> {
@@ -234,107 +241,4 @@ fn mutual_tls(item: &Item<'_>, warnings: &mut Warnings) -> Result<TransportMode,
     }
     fields.finish()?;
     Ok(mode)
-}
-
-fn origin_methods(origins: &[Item<'_>], warnings: &mut Warnings) -> Result<(), Fault> {
-    let mut issuers = BTreeSet::new();
-    for origin in origins {
-        if origin.value.is_null() {
-            return Err(origin.fault("an origin with a jwt", "write - jwt: {issuer: …}"));
-        }
-        let mut fields = Fields::open(origin)?;
-        let Some(jwt) = fields.take("jwt")? else {
-            fields.finish()?;
-            return Err(origin.fault("an origin with a jwt", "write - jwt: {issuer: …}")); // policy
-        };
-        fields.finish()?;
-        let issuer = json_web_token(&jwt, warnings)?;
-        if !issuers.insert(issuer) {
-            // policy
-            let field = format!("{}.issuer", jwt.path);
-            return Err(Fault::new(
-                &field,
-                &Value::from(issuer),
-                "each issuer once",
-                "merge the two entries",
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Checks one `jwt` (policy) and gives its issuer.
-fn json_web_token<'a>(item: &Item<'a>, warnings: &mut Warnings) -> Result<&'a str, Fault> {
-    let mut fields = Fields::open(item)?;
-    let Some(issuer) = fields.take("issuer")? else {
-        return Err(fields.fault("a jwt with an issuer", "name the issuer as in the token's iss"));
-    };
-    let issuer = issuer.filled_text()?;
-    for list in ["audiences", "jwtHeaders", "jwtParams"] {
-        fields.texts(list)?;
-    }
-    let (uri, inline) = (fields.take("jwksUri")?, fields.take("jwks")?);
-    if let (Some(_), Some(inline)) = (&uri, &inline) {
-        return Err(inline.fault("either jwks or jwksUri", "remove one of the two"));
-    }
-    if let Some(uri) = uri {
-        key_set_address(&uri)?;
-    }
-    if let Some(inline) = inline {
-        inline.filled_text()?;
-    }
-    for rule in fields.list("triggerRules")? {
-        let mut rule_fields = Fields::open(&rule)?;
-        for list in ["excludedPaths", "includedPaths"] {
-            for path in rule_fields.list(list)? {
-                string_match(&path)?;
-            }
-        }
-        rule_fields.finish()?;
-    }
-    fields.finish()?;
-    if issuer.trim() != issuer {
-        warnings.say(&format!("{}.issuer", item.path), "the issuer begins or ends with a blank");
-    }
-    Ok(issuer)
-}
-
-fn key_set_address(uri: &Item<'_>) -> Result<(), Fault> {
-    let fault = || {
-        uri.fault(
-            "an address with http:// or https://, a host, and a number for the port if any",
-            "write the complete address of the key set",
-        )
-    };
-    let text = uri.text()?;
-    let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")).ok_or_else(fault)?;
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    let (host, port) = match authority.rsplit_once(':') {
-        Some((host, port)) if !port.contains(']') => (host, Some(port)),
-        Some(_) | None => (authority, None),
-    };
-    let port_is_number = port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0));
-    if host.is_empty() || !port_is_number { Err(fault()) } else { Ok(()) }
-}
-
-fn string_match(item: &Item<'_>) -> Result<(), Fault> {
-    let mut fields = Fields::open(item)?;
-    let mut kinds = 0;
-    for kind in ["exact", "prefix", "suffix", "regex"] {
-        if let Some(text) = fields.take(kind)? {
-            text.filled_text()?;
-            kinds += 1;
-        }
-    }
-    if kinds > 1 {
-        return Err(
-            fields.fault("exactly one of exact, prefix, suffix and regex", "write one entry for each")
-        );
-    }
-    fields.finish()?;
-    if kinds == 1 {
-        Ok(())
-    } else {
-        Err(item.fault("one of exact, prefix, suffix and regex", "write exact: /path"))
-    }
 }

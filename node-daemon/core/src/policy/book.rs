@@ -9,10 +9,11 @@ use super::{
     authn_v1alpha1::{DEFAULT_NAME, Policy},
     matching::TrustDomains,
     objects::{Body, Entry, Good, PolicyObjects, Reach, Refused, RefusedKind},
-    rbac_v1alpha1::{ServiceRoleBinding, Switch},
+    rbac_v1alpha1::{AccessRule, ServiceRoleBinding, Switch},
     reader::Warning,
+    request_authentication::RequestAuthentication,
     rules::{Condition, Holder, NamedRules, Rule},
-    security_v1::{Action, AuthorizationPolicy, PeerAuthentication},
+    security_v1::{AuthorizationPolicy, PeerAuthentication},
 };
 use crate::workload::{Mesh, ObjectName};
 
@@ -30,13 +31,18 @@ pub(super) struct Candidate<'a, T> {
 pub(super) struct Role<'a> {
     pub(super) label: &'a Arc<str>,
     pub(super) rules: Vec<RoleRule<'a>>,
+    /// Subjects that only a request can answer: binding, index, fields.
+    pub(super) asking: Vec<(&'a Arc<str>, usize, String)>,
 }
 
 #[derive(Debug)]
 pub(super) struct RoleRule<'a> {
-    pub(super) written: &'a super::rbac_v1alpha1::AccessRule,
+    pub(super) written: &'a AccessRule,
+    pub(super) index: usize,
     pub(super) conditions: Arc<[Condition]>,
     pub(super) holders: Arc<[Holder]>,
+    /// With the bindings that are only tried; `None`: there are none (policy B-11).
+    pub(super) holders_tried: Option<Arc<[Holder]>>,
 }
 
 /// An `AuthorizationPolicy`, its rules compiled once for all workloads that it selects.
@@ -67,6 +73,7 @@ pub(super) struct Book<'a> {
     pub(super) policies: Vec<Candidate<'a, &'a Policy>>,
     pub(super) mesh_policies: Vec<Candidate<'a, &'a Policy>>,
     pub(super) authorizations: Vec<Candidate<'a, Authorization<'a>>>,
+    pub(super) request_authentications: Vec<Candidate<'a, &'a RequestAuthentication>>,
     /// `Err`: an ALLOW that could not be read among [`Self::authorizations`].
     pub(super) unreadable_grants: BTreeSet<&'a str>,
     pub(super) switch: Chosen<'a>,
@@ -86,6 +93,7 @@ impl<'a> Book<'a> {
             policies: Vec::new(),
             mesh_policies: Vec::new(),
             authorizations: Vec::new(),
+            request_authentications: Vec::new(),
             unreadable_grants: BTreeSet::new(),
             switch: choose_switch(objects, &mesh.root_namespace, notes),
             roles: BTreeMap::new(),
@@ -99,6 +107,7 @@ impl<'a> Book<'a> {
         by_age(&mut book.policies);
         by_age(&mut book.mesh_policies);
         by_age(&mut book.authorizations);
+        by_age(&mut book.request_authentications);
         book
     }
 
@@ -131,8 +140,13 @@ impl<'a> Book<'a> {
                             self.unreadable_grants.insert(label);
                         }
                     }
+                    RefusedKind::RequestAuthentication(reach) => {
+                        let body = Err(reach);
+                        self.request_authentications.push(Candidate { label, name, created, body });
+                    }
                     RefusedKind::Unknown => self.unknown.push((&name.namespace, label)),
-                    RefusedKind::Switch { .. } | RefusedKind::Grant | RefusedKind::NotEnforced => {}
+                    RefusedKind::Switch { .. } | RefusedKind::Grant | RefusedKind::DestinationRule { .. } => {
+                    }
                 }
             }
             Entry { good: None, refused: None } => {}
@@ -159,11 +173,13 @@ impl<'a> Book<'a> {
                 let body = Ok(Authorization { written, rules });
                 self.authorizations.push(Candidate { label, name, created, body });
             }
+            Body::RequestAuthentication(body) => {
+                self.request_authentications.push(Candidate { label, name, created, body: Ok(body) });
+            }
             Body::RbacConfig(_)
             | Body::ClusterRbacConfig(_)
             | Body::ServiceRole(_)
             | Body::ServiceRoleBinding(_)
-            | Body::RequestAuthentication(_)
             | Body::DestinationRule(_) => {}
         }
     }
@@ -174,16 +190,8 @@ fn by_age<T>(candidates: &mut [Candidate<'_, T>]) {
     candidates.sort_by_key(|candidate| (candidate.created, candidate.name));
 }
 
-/// The rules that layer 4 can judge: an ALLOW rule that asks for requests never matches, another is judged without
-/// those fields, so that it denies more (policy F-3).
 fn policy_rules(written: &AuthorizationPolicy, trusted: &TrustDomains) -> Arc<[Rule]> {
-    let is_usable = |asks_requests: bool| !(asks_requests && written.action == Action::Allow);
-    written
-        .rules
-        .iter()
-        .filter(|rule| is_usable(!rule.request_fields.is_empty()))
-        .map(|rule| rule.rule.in_mesh(trusted))
-        .collect()
+    written.rules.iter().map(|rule| rule.rule.in_mesh(trusted)).collect()
 }
 
 /// `ClusterRbacConfig` before `RbacConfig` (policy 0-8). Of several `RbacConfig`s the root namespace's, then the oldest:
@@ -245,15 +253,22 @@ fn roles<'a>(
         if bound.is_empty() {
             notes.problem(label, "metadata.name", "no binding names this role: it grants nothing");
         }
-        let rules = role.rules.iter().enumerate().filter(|(_, rule)| rule.request_fields.is_empty());
-        let rules = rules
-            .map(|(index, written)| RoleRule {
-                written,
-                conditions: written.conditions.iter().map(|c| c.in_mesh(trusted)).collect(),
-                holders: holders(index, &bound, trusted),
-            })
-            .collect();
-        roles.entry(&*name.namespace).or_default().push(Role { label, rules });
+        let is_tried = bound.iter().any(|(_, binding)| binding.is_permissive);
+        let rule = |(index, written): (usize, &'a AccessRule)| RoleRule {
+            written,
+            index,
+            conditions: written.conditions.iter().map(|c| c.in_mesh(trusted)).collect(),
+            holders: holders(index, &bound, false, trusted),
+            holders_tried: is_tried.then(|| holders(index, &bound, true, trusted)),
+        };
+        let rules = role.rules.iter().enumerate().map(rule).collect();
+        let asking = bound.iter().flat_map(|(label, binding)| {
+            let subjects = binding.subjects.iter().enumerate();
+            let asking = subjects.filter(|(_, subject)| !subject.request_fields.is_empty());
+            asking.map(move |(index, subject)| (*label, index, subject.request_fields.join(", ")))
+        });
+        let asking = asking.collect();
+        roles.entry(&*name.namespace).or_default().push(Role { label, rules, asking });
     }
     for ((namespace, role), dangling) in bindings {
         for (label, _) in dangling {
@@ -269,21 +284,21 @@ fn good(entry: &Entry) -> Option<(&Arc<str>, &Body)> {
     entry.good.as_ref().map(|good| (&good.label, &good.body))
 }
 
-/// A binding in PERMISSIVE mode holds nothing (policy B-11), nor does a subject that only requests can answer (B-10).
-fn holders(rule_index: usize, bindings: &[Bound<'_>], trusted: &TrustDomains) -> Arc<[Holder]> {
+/// A binding in PERMISSIVE mode holds nothing (policy B-11), unless it is asked what would be if it did.
+fn holders(
+    rule_index: usize,
+    bindings: &[Bound<'_>],
+    with_tried: bool,
+    trusted: &TrustDomains,
+) -> Arc<[Holder]> {
     let in_mesh =
         |conditions: &[Condition]| conditions.iter().map(|c| c.in_mesh(trusted)).collect::<Vec<_>>();
     bindings
         .iter()
-        .filter(|(_, binding)| !binding.is_permissive)
+        .filter(|(_, binding)| with_tried || !binding.is_permissive)
         .map(|(label, binding)| Holder {
             label: format!("rules[{rule_index}] via {label}").into(),
-            subjects: binding
-                .subjects
-                .iter()
-                .filter(|subject| subject.request_fields.is_empty())
-                .map(|subject| in_mesh(&subject.conditions))
-                .collect(),
+            subjects: binding.subjects.iter().map(|subject| in_mesh(&subject.conditions)).collect(),
         })
         .collect()
 }

@@ -9,7 +9,8 @@ use std::{
 };
 
 use super::{
-    book::{Authorization, Book, Candidate, Chosen, Notes},
+    book::{Authorization, Book, Candidate, Chosen, Notes, Role, RoleRule},
+    destination_rule::ClientRules,
     matching::TrustDomains,
     objects::{PolicyObjects, Reach},
     rbac_v1alpha1::Destination,
@@ -21,7 +22,7 @@ use super::{
 use crate::workload::{Mesh, ObjectName, Protocol, Service, TargetPort, Workload};
 
 /// What the complete name of a service ends with (policy B-5), whatever the trust domain.
-const SERVICE_SUFFIX: &str = "svc.cluster.local";
+pub(super) const SERVICE_SUFFIX: &str = "svc.cluster.local";
 
 /// What the policies speak about.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +40,7 @@ pub struct Compiled {
     pub(super) trusted: TrustDomains,
     pub(super) destinations: BTreeMap<ObjectName, DestinationRules>,
     pub(super) statuses: Vec<ObjectStatus>,
+    pub(super) client_rules: ClientRules,
 }
 
 /// One local workload.
@@ -65,7 +67,7 @@ pub fn compile(objects: &PolicyObjects, inventory: &Inventory<'_>) -> Compiled {
         destinations.insert(workload.name.clone(), destination(workload, &book, inventory, &mut notes));
     }
     let statuses = status::statuses(objects, &book, inventory, &notes);
-    Compiled { trusted: book.trusted, destinations, statuses }
+    Compiled { trusted: book.trusted, destinations, statuses, client_rules: objects.client_rules() }
 }
 
 fn destination(
@@ -135,37 +137,84 @@ fn protocol(workload: &Workload, port: u16, owner: Option<&Owner<'_>>) -> Protoc
 }
 
 fn port_rules(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> PortRules {
+    let (transport, authentication) = transport(place, book, notes);
+    let (authorisation, is_tried) = authorisation(place, book, Tried::Ignored, notes);
+    let shadow = is_tried.then(|| self::authorisation(place, book, Tried::Enforced, notes).0);
+    let audits = audits(place, book);
+    let asks_requests = authentication.asks()
+        || authorisation.asks_requests()
+        || shadow.as_ref().is_some_and(Authorisation::asks_requests)
+        || audits.iter().any(NamedRules::asks_requests);
     PortRules {
         service: place.owner.map(|owner| owner.service.name.clone()),
-        transport: transport(place, book, notes),
-        authorisation: authorisation(place, book, notes),
+        protocol: place.protocol,
+        transport,
+        authentication,
+        authorisation,
+        shadow,
+        audits,
+        needs_requests: asks_requests && place.protocol != Protocol::Tcp,
     }
 }
 
-/// The current API if a valid, enforced policy selects the workload, else the 2018 one (policy F-4).
-fn authorisation(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> Authorisation {
+/// How objects count that are only tried: dry runs, and what is in mode PERMISSIVE (policy B-11, F-3).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tried {
+    Ignored,
+    Enforced,
+}
+
+/// The current API if a valid, enforced policy selects the workload, else the 2018 one (policy F-4). And whether
+/// anything here is only tried.
+fn authorisation(
+    place: &Place<'_>,
+    book: &Book<'_>,
+    tried: Tried,
+    notes: &mut Notes,
+) -> (Authorisation, bool) {
     let own = &*place.workload.name.namespace;
     if let Some((_, label)) = book.unknown.iter().find(|(namespace, _)| book.is_in_scope(namespace, own)) {
-        return Authorisation::Unusable((*label).clone());
+        return (Authorisation::Unusable((*label).clone()), false);
     }
-    policies(place, book, notes).unwrap_or_else(|| roles(place, book))
+    let has_dry_run =
+        selected(place, book).any(|(_, body)| body.written.is_dry_run && body.written.decides());
+    match policies(place, book, tried, notes) {
+        Some(decided) => (decided, has_dry_run),
+        None => {
+            let (decided, is_tried) = roles(place, book, tried, notes);
+            (decided, is_tried || has_dry_run)
+        }
+    }
+}
+
+fn selected<'b>(
+    place: &Place<'b>,
+    book: &'b Book<'_>,
+) -> impl Iterator<Item = (&'b Arc<str>, &'b Authorization<'b>)> {
+    let workload = place.workload;
+    let here = book.authorizations.iter().filter(move |candidate| is_selected(candidate, workload, book));
+    here.filter_map(|candidate| Some((candidate.label, candidate.body.as_ref().ok()?)))
+}
+
+/// policy F-3
+fn audits(place: &Place<'_>, book: &Book<'_>) -> Vec<NamedRules> {
+    let audits = selected(place, book)
+        .filter(|(_, body)| body.written.action == Action::Audit && !body.written.is_dry_run);
+    audits.map(|(_, body)| body.rules.clone()).collect()
 }
 
 /// `None`: no policy of the current API decides here.
-fn policies(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> Option<Authorisation> {
-    let selected =
-        || book.authorizations.iter().filter(|candidate| is_selected(candidate, place.workload, book));
+fn policies(place: &Place<'_>, book: &Book<'_>, tried: Tried, notes: &mut Notes) -> Option<Authorisation> {
     let is_replaceable = |label: &str| book.unreadable_grants.contains(label);
-    let mut unreadable =
-        selected().filter(|candidate| candidate.body.is_err()).map(|candidate| candidate.label);
+    let here = book.authorizations.iter().filter(|candidate| is_selected(candidate, place.workload, book));
+    let mut unreadable = here.filter(|candidate| candidate.body.is_err()).map(|candidate| candidate.label);
     if let Some(label) = unreadable.clone().find(|label| !is_replaceable(label)) {
         return Some(Authorisation::Unusable(label.clone()));
     }
     let with = |action: Action| {
-        let enforced = selected().filter_map(|candidate| candidate.body.as_ref().ok());
-        let enforced =
-            enforced.filter(move |body| body.written.is_enforced() && body.written.action == action);
-        enforced.map(|body| body.rules.clone())
+        let counts = move |body: &Authorization<'_>| tried == Tried::Enforced || body.written.is_enforced();
+        let enforced = selected(place, book).filter(move |(_, body)| counts(body));
+        enforced.filter(move |(_, body)| body.written.action == action).map(|(_, body)| body.rules.clone())
     };
     let denials: Vec<NamedRules> = with(Action::Custom).chain(with(Action::Deny)).collect();
     let grants: Vec<NamedRules> = with(Action::Allow).collect();
@@ -177,15 +226,53 @@ fn policies(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> Option<Aut
     if denials.is_empty() && grants.is_empty() {
         return None;
     }
+    if tried == Tried::Ignored {
+        note_policies(place, book, &denials, &grants, notes);
+    }
+    Some(Authorisation::Policies { denials, grants: Some(grants).filter(|grants| !grants.is_empty()) })
+}
+
+fn note_policies(
+    place: &Place<'_>,
+    book: &Book<'_>,
+    denials: &[NamedRules],
+    grants: &[NamedRules],
+    notes: &mut Notes,
+) {
     if !matches!(book.switch, Chosen::Missing { .. }) {
-        for rules in denials.iter().chain(&grants) {
+        for rules in denials.iter().chain(grants) {
             notes.effect(
                 &rules.policy,
                 "the v1alpha1 RBAC objects are set aside for the workloads that it selects",
             );
         }
     }
-    Some(Authorisation::Policies { denials, grants: Some(grants).filter(|grants| !grants.is_empty()) })
+    let (Protocol::Tcp, Some(port)) = (place.protocol, place.port) else { return };
+    let place = format!("port {port} of {}, which carries TCP", place.workload.name);
+    for (label, body) in selected_of(book, denials, grants) {
+        let consequence = match body.written.action {
+            Action::Allow => "this rule never matches on",
+            Action::Deny | Action::Custom => "this rule is judged without them and denies more on",
+            Action::Audit => continue,
+        };
+        for (index, rule) in
+            body.written.rules.iter().enumerate().filter(|(_, r)| !r.request_fields.is_empty())
+        {
+            let fields = rule.request_fields.join(", ");
+            let sentence = format!("{fields}: only a request can answer, so {consequence} {place}");
+            notes.problem(label, &format!("spec.rules[{index}]"), sentence);
+        }
+    }
+}
+
+fn selected_of<'b>(
+    book: &'b Book<'_>,
+    denials: &'b [NamedRules],
+    grants: &'b [NamedRules],
+) -> impl Iterator<Item = (&'b Arc<str>, &'b Authorization<'b>)> {
+    let is_among = move |label: &str| denials.iter().chain(grants).any(|rules| *rules.policy == *label);
+    let among = book.authorizations.iter().filter(move |candidate| is_among(candidate.label));
+    among.filter_map(|candidate| Some((candidate.label, candidate.body.as_ref().ok()?)))
 }
 
 fn is_selected(candidate: &Candidate<'_, Authorization<'_>>, workload: &Workload, book: &Book<'_>) -> bool {
@@ -198,22 +285,23 @@ fn is_selected(candidate: &Candidate<'_, Authorization<'_>>, workload: &Workload
         }
 }
 
-/// The 2018 API (policy B-1, B-2, B-4).
-fn roles(place: &Place<'_>, book: &Book<'_>) -> Authorisation {
+/// The 2018 API (policy B-1, B-2, B-4). And whether anything of it is only tried.
+fn roles(place: &Place<'_>, book: &Book<'_>, tried: Tried, notes: &mut Notes) -> (Authorisation, bool) {
     let namespace = &*place.workload.name.namespace;
     let (label, switch) = match &book.switch {
         Chosen::Switch(label, switch) => (*label, *switch),
-        Chosen::Unusable(label) => return Authorisation::Unusable((*label).clone()),
+        Chosen::Unusable(label) => return (Authorisation::Unusable((*label).clone()), false),
         Chosen::Missing { misnamed } => {
             let closes = misnamed.iter().find(|(scope, _)| book.is_in_scope(scope, namespace));
-            return closes
-                .map_or(Authorisation::Open, |(_, label)| Authorisation::Unusable((*label).clone()));
+            let decided =
+                closes.map_or(Authorisation::Open, |(_, label)| Authorisation::Unusable((*label).clone()));
+            return (decided, false);
         }
     };
     let short = place.owner.map(|owner| &*owner.service.name.name);
     let complete = short.map(|short| format!("{short}.{namespace}.{SERVICE_SUFFIX}"));
     if !switch.runs(complete.as_deref(), namespace) {
-        return Authorisation::Open;
+        return (Authorisation::Open, false);
     }
     let destination = Destination {
         service: short.zip(complete.as_deref()),
@@ -221,15 +309,48 @@ fn roles(place: &Place<'_>, book: &Book<'_>) -> Authorisation {
         service_account: &place.workload.service_account,
         labels: &place.workload.labels,
     };
-    let mut grants = Vec::new();
+    let (mut grants, mut has_tried) = (Vec::new(), switch.is_permissive);
     for role in book.roles.get(namespace).into_iter().flatten() {
+        if role.rules.iter().any(|rule| rule.written.is_for(&destination)) {
+            note_asking_subjects(place, role, notes);
+        }
         for rule in role.rules.iter().filter(|rule| rule.written.is_for(&destination)) {
+            has_tried |= rule.holders_tried.is_some();
+            if place.protocol == Protocol::Tcp && !rule.written.request_fields.is_empty() {
+                note_left_out(place, role.label, rule, notes);
+                continue; // policy B-10
+            }
+            let with_tried = rule.holders_tried.as_ref().filter(|_| tried == Tried::Enforced);
             grants.push(Grant {
                 role: role.label.clone(),
+                index: rule.index,
                 conditions: rule.conditions.clone(),
-                holders: rule.holders.clone(),
+                holders: with_tried.unwrap_or(&rule.holders).clone(),
             });
         }
     }
-    Authorisation::Roles { switch: label.clone(), is_permissive: switch.is_permissive, grants }
+    let is_permissive = switch.is_permissive && tried == Tried::Ignored;
+    (Authorisation::Roles { switch: label.clone(), is_permissive, grants }, has_tried)
+}
+
+/// policy B-10, G-9
+fn note_asking_subjects(place: &Place<'_>, role: &Role<'_>, notes: &mut Notes) {
+    let (Protocol::Tcp, Some(port)) = (place.protocol, place.port) else { return };
+    for (label, index, fields) in &role.asking {
+        let sentence = format!(
+            "{fields}: only a request can answer, so this subject matches nobody on port {port} of {}, which carries TCP",
+            place.workload.name
+        );
+        notes.problem(label, &format!("spec.subjects[{index}]"), sentence);
+    }
+}
+
+/// policy B-10, H-8
+fn note_left_out(place: &Place<'_>, label: &Arc<str>, rule: &RoleRule<'_>, notes: &mut Notes) {
+    let Some(port) = place.port else { return };
+    let (fields, name) = (rule.written.request_fields.join(", "), &place.workload.name);
+    let sentence = format!(
+        "{fields}: only a request can answer, so this rule grants nothing on port {port} of {name}, which carries TCP"
+    );
+    notes.problem(label, &format!("spec.rules[{}]", rule.index), sentence);
 }

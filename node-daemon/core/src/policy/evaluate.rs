@@ -5,41 +5,31 @@ use std::sync::Arc;
 use spiffe_id::SpiffeId;
 
 use super::{
-    ConnectionFacts, Denial, DenialReason, Permit, Presented, Verdict,
+    ConnectionFacts, Denial, DenialReason, Permit, Presented, ShadowVerdict, Verdict,
     compile::Compiled,
     matching::canonical,
-    rules::{Authorisation, Doubt, Grant, NamedRules, PortRules, Seen, all_hold},
+    rules::{Authorisation, Doubt, Grant, NamedRules, PortRules, all_hold},
+    seen::{Peer, Seen, SeenRequest},
     status::ObjectStatus,
 };
 use crate::workload::{TransportMode, Workload};
 
 impl Compiled {
-    /// Whether the connection may be delivered to the workload.
+    /// Whether the connection may be delivered to the workload, judged by itself: what only a request can answer counts
+    /// against it (policy B-10, F-3).
     ///
     /// # Errors
     /// The reason, and the object that decided.
     pub fn authorise(&self, facts: &ConnectionFacts) -> Result<Permit, Denial> {
-        let Some(destination) = self.destinations.get(&facts.destination.name) else {
-            return Err(Denial { reason: DenialReason::NotEnrolled, verdict: Verdict::default() });
-        };
-        let port = destination.port(facts.destination_port);
+        let port = self.port(facts)?;
         self.transport_admits(facts, port)?;
-        let principal = visible_identity(facts, port);
-        let seen = Seen {
-            identity: principal,
-            source_address: canonical(facts.source_address),
-            destination_address: canonical(facts.destination_address),
-            destination_port: facts.destination_port,
-            server_name: server_name(&facts.presented),
-        };
-        let decision = port.authorisation.judge(&seen);
-        let verdict = Verdict {
-            policy: decision.policy.cloned(),
-            rule: decision.rule.cloned(),
-            principal: principal.cloned(),
-            service: port.service.clone(),
-        };
-        match decision.answer {
+        if let Some(policy) = port.authentication.refuses_connections() {
+            let verdict = Verdict { policy: Some(policy.clone()), ..port.verdict(facts) };
+            return Err(Denial { reason: DenialReason::PolicyUnusable, verdict });
+        }
+        let seen = seen(facts, port, None);
+        let (answer, verdict) = port.judge(&seen, port.verdict(facts));
+        match answer {
             Ok(()) => Ok(Permit { verdict }),
             Err(reason) => Err(Denial { reason, verdict }),
         }
@@ -56,25 +46,78 @@ impl Compiled {
         &self.statuses
     }
 
-    fn transport_admits(&self, facts: &ConnectionFacts, port: &PortRules) -> Result<(), Denial> {
+    pub(super) fn port(&self, facts: &ConnectionFacts) -> Result<&PortRules, Denial> {
+        match self.destinations.get(&facts.destination.name) {
+            Some(destination) => Ok(destination.port(facts.destination_port)),
+            None => Err(Denial { reason: DenialReason::NotEnrolled, verdict: Verdict::default() }),
+        }
+    }
+
+    pub(super) fn transport_admits(&self, facts: &ConnectionFacts, port: &PortRules) -> Result<(), Denial> {
         let transport = &port.transport;
-        let proven = proven_identity(&facts.presented);
         let reason = if transport.is_unusable {
             DenialReason::PolicyUnusable // policy A-3
-        } else if proven.is_none() && transport.mode == TransportMode::Strict {
+        } else if proven_identity(&facts.presented).is_none() && transport.mode == TransportMode::Strict {
             DenialReason::PlaintextRefused // policy A-6
-        } else if proven.is_some_and(|id| !self.trusted.includes(id.trust_domain())) {
+        } else if self.is_foreign(facts) {
             DenialReason::TrustDomain // policy A-8, G-12
         } else {
             return Ok(());
         };
-        let verdict = Verdict {
-            policy: transport.policy.clone(),
-            rule: None,
-            principal: visible_identity(facts, port).cloned(),
-            service: port.service.clone(),
-        };
+        let verdict = Verdict { policy: transport.policy.clone(), ..port.verdict(facts) };
         Err(Denial { reason, verdict })
+    }
+
+    /// Whether somebody of a trust domain proved to be so that is not of the mesh (policy A-8, G-12).
+    pub(super) fn is_foreign(&self, facts: &ConnectionFacts) -> bool {
+        proven_identity(&facts.presented).is_some_and(|id| !self.trusted.includes(id.trust_domain()))
+    }
+}
+
+impl PortRules {
+    /// A verdict that nobody has given yet.
+    pub(super) fn verdict(&self, facts: &ConnectionFacts) -> Verdict {
+        Verdict {
+            principal: visible_identity(facts, self).cloned(),
+            service: self.service.clone(),
+            ..Verdict::default()
+        }
+    }
+
+    /// The rules' answer, what it would be if everything were enforced, and who records it.
+    pub(crate) fn judge(&self, seen: &Seen<'_>, verdict: Verdict) -> (Result<(), DenialReason>, Verdict) {
+        let decision = self.authorisation.judge(seen);
+        let shadow = self.shadow.as_ref().map(|shadow| shadow.judge(seen));
+        let audit = first_match(&self.audits, seen, Doubt::NotMet);
+        let verdict = Verdict {
+            policy: decision.policy.cloned(),
+            rule: decision.rule.cloned(),
+            shadow: shadow.map(|shadow| ShadowVerdict {
+                allowed: shadow.answer.is_ok(),
+                policy: shadow.policy.cloned(),
+                rule: shadow.rule.cloned(),
+            }),
+            audit: audit.map(|(policy, _)| policy.clone()),
+            ..verdict
+        };
+        (decision.answer, verdict)
+    }
+}
+
+/// What the rules of a port may look at.
+pub(super) fn seen<'a>(
+    facts: &'a ConnectionFacts,
+    port: &PortRules,
+    request: Option<&'a SeenRequest<'a>>,
+) -> Seen<'a> {
+    Seen {
+        peer: visible_identity(facts, port).map(Peer::of),
+        source_address: canonical(facts.source_address),
+        destination_address: canonical(facts.destination_address),
+        destination_port: facts.destination_port,
+        server_name: server_name(&facts.presented),
+        metadata: None,
+        request,
     }
 }
 
@@ -86,7 +129,7 @@ fn proven_identity(presented: &Presented) -> Option<&SpiffeId> {
 }
 
 /// Without mtls in the port's policy nobody has an identity, whatever was presented (policy A-5, B-9).
-fn visible_identity<'a>(facts: &'a ConnectionFacts, port: &PortRules) -> Option<&'a SpiffeId> {
+pub(super) fn visible_identity<'a>(facts: &'a ConnectionFacts, port: &PortRules) -> Option<&'a SpiffeId> {
     match port.transport.mode {
         TransportMode::Strict | TransportMode::Permissive => proven_identity(&facts.presented),
         TransportMode::Disabled => None,

@@ -2,7 +2,10 @@
 //!
 //! Identities are compared as borrowed text: nothing here allocates once a pattern is compiled.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv6Addr},
+};
 
 use ipnet::{IpNet, Ipv4Net};
 use spiffe_id::{SpiffeId, TrustDomain};
@@ -12,6 +15,8 @@ use spiffe_id::{SpiffeId, TrustDomain};
 pub(super) enum Pattern {
     /// Matches even where nothing was seen: `user: "*"` and `allUsers` (policy B-8).
     Everyone,
+    /// `*` of a header, and of what a token says, in 2018: it was sent, even if empty (policy B-5).
+    Given,
     /// `*`: something was seen.
     Present,
     Exact(Box<str>),
@@ -31,6 +36,11 @@ impl Pattern {
         }
     }
 
+    /// The header and metadata forms of 2018, whose bare star asks for presence alone (policy B-5).
+    pub(super) fn of_2018(written: &str) -> Self {
+        if written == "*" { Self::Given } else { Self::new(written) }
+    }
+
     /// `text` is `None` where the attribute is absent or hidden.
     pub(super) fn matches(&self, text: Option<Text<'_>>) -> bool {
         if matches!(self, Self::Everyone) {
@@ -38,7 +48,7 @@ impl Pattern {
         }
         let Some(text) = text else { return false };
         match self {
-            Self::Everyone => true,
+            Self::Everyone | Self::Given => true,
             Self::Present => text.length() > 0,
             Self::Exact(whole) => text.length() == whole.len() && text.starts_with(whole),
             Self::Prefix(start) => text.starts_with(start),
@@ -49,7 +59,7 @@ impl Pattern {
     /// The same identity under every trust domain of the mesh, where the pattern names one of them (policy B-13).
     pub(super) fn in_trust_domains(&self, trusted: &TrustDomains) -> Vec<Self> {
         let written = match self {
-            Self::Everyone | Self::Present => return vec![self.clone()],
+            Self::Everyone | Self::Given | Self::Present => return vec![self.clone()],
             Self::Exact(text) => text.to_string(),
             Self::Prefix(text) => format!("{text}*"),
             Self::Suffix(text) => format!("*{text}"),
@@ -67,6 +77,18 @@ impl Pattern {
                 trusted.all().map(under).collect()
             }
             Some(_) | None => vec![self.clone()],
+        }
+    }
+}
+
+/// As policies write it.
+impl fmt::Display for Pattern {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Everyone | Self::Given | Self::Present => formatter.write_str("*"),
+            Self::Exact(text) => formatter.write_str(text),
+            Self::Prefix(text) => write!(formatter, "{text}*"),
+            Self::Suffix(text) => write!(formatter, "*{text}"),
         }
     }
 }
@@ -101,10 +123,16 @@ impl TrustDomains {
 
 /// A seen text in up to five pieces, so that an identity need not be put together to be compared.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Text<'a>([&'a str; 5]);
+pub(crate) struct Text<'a>([&'a str; 5]);
+
+impl fmt::Display for Text<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|piece| formatter.write_str(piece))
+    }
+}
 
 impl<'a> Text<'a> {
-    pub(super) fn plain(text: &'a str) -> Self {
+    pub(crate) fn plain(text: &'a str) -> Self {
         Self([text, "", "", "", ""])
     }
 
@@ -150,6 +178,12 @@ impl Glob {
     }
 }
 
+impl fmt::Display for Glob {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
 /// A service account of the current API: `namespace/account`, or `account` in the policy's own namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Account {
@@ -168,9 +202,51 @@ impl Account {
         }
     }
 
-    pub(super) fn matches(&self, id: &SpiffeId) -> bool {
-        self.namespace.matches(Some(Text::plain(id.namespace())))
-            && self.account.matches(Some(Text::plain(id.service_account())))
+    pub(super) fn matches(&self, namespace: &str, account: &str) -> bool {
+        self.namespace.matches(Some(Text::plain(namespace)))
+            && self.account.matches(Some(Text::plain(account)))
+    }
+}
+
+impl fmt::Display for Account {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}/{}", self.namespace, self.account)
+    }
+}
+
+/// Issuer and subject of a token, in the current API: the text is split at its last slash, because an issuer may be an
+/// address (policy F-3).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TokenPrincipal {
+    written: Box<str>,
+    issuer: Pattern,
+    subject: Pattern,
+}
+
+impl TokenPrincipal {
+    pub(super) fn new(written: &str) -> Self {
+        let exact = |text: &str| Pattern::Exact(text.into());
+        let (issuer, subject) = match (written.rsplit_once('/'), written) {
+            (None, "*") => (Pattern::Present, Pattern::Present),
+            (None, text) if text.starts_with('*') => (Pattern::Present, Pattern::new(text)),
+            (None, text) if text.ends_with('*') => (Pattern::new(text), Pattern::Present),
+            (None, text) => (exact(text), exact("")),
+            (Some((issuer, subject)), text) if text.starts_with('*') => {
+                (Pattern::new(issuer), exact(subject))
+            }
+            (Some((issuer, subject)), _) => (exact(issuer), Pattern::new(subject)),
+        };
+        Self { written: written.into(), issuer, subject }
+    }
+
+    pub(super) fn matches(&self, issuer: &str, subject: &str) -> bool {
+        self.issuer.matches(Some(Text::plain(issuer))) && self.subject.matches(Some(Text::plain(subject)))
+    }
+}
+
+impl fmt::Display for TokenPrincipal {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.written)
     }
 }
 
@@ -342,7 +418,6 @@ mod tests {
 
     #[test]
     fn a_service_account_without_a_namespace_is_of_the_policy_s_own() {
-        let web = id("spiffe://td/ns/photo/sa/web");
         for (written, expected) in [
             ("web", true),
             ("photo/web", true),
@@ -355,10 +430,36 @@ mod tests {
             ("photo/web/x", false),
             ("photo", false),
         ] {
-            assert_eq!(Account::new(written, "photo").matches(&web), expected, "{written}");
+            assert_eq!(Account::new(written, "photo").matches("photo", "web"), expected, "{written}");
         }
-        assert!(!Account::new("web", "other").matches(&web));
-        assert!(!Account::new("w*", "other").matches(&web));
+        assert!(!Account::new("web", "other").matches("photo", "web"));
+        assert!(!Account::new("w*", "other").matches("photo", "web"));
+    }
+
+    #[test]
+    fn a_token_s_principal_is_split_at_the_last_slash() {
+        // policy F-3
+        for (written, issuer, subject, expected) in [
+            ("https://id.test/ann", "https://id.test", "ann", true),
+            ("https://id.test/*", "https://id.test", "ann", true),
+            ("https://id.test/a*", "https://id.test", "ann", true),
+            ("*/ann", "https://id.test", "ann", true),
+            ("*.test/ann", "https://id.test", "ann", true),
+            ("*nn", "https://id.test", "ann", true),
+            ("id*", "id.test", "ann", true),
+            ("*", "a", "b", true),
+            ("*", "a", "", false),
+            ("*", "", "b", false),
+            ("https://id.test/ann", "https://id.test/a", "nn", false),
+            ("https://id.test/x/ann", "https://id.test", "x/ann", false),
+            ("https://id.test/ann", "https://id.test", "anna", false),
+            ("https://id*", "https://id.test", "ann", false),
+            ("id.test", "id.test", "ann", false),
+            ("", "id.test", "ann", false),
+        ] {
+            let principal = TokenPrincipal::new(written);
+            assert_eq!(principal.matches(issuer, subject), expected, "{written} against {issuer} {subject}");
+        }
     }
 
     #[test]

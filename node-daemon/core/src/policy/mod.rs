@@ -8,31 +8,60 @@
 //! [`PolicyObjects`] keeps the last good version of each object and remembers refused ones; [`compile`] makes, from them
 //! and the [`Inventory`], one table for each port of each local workload; [`Compiled::authorise`] gives a [`Permit`] or a
 //! [`Denial`]. What cannot be enforced denies, and [`ObjectStatus`] says so. Knows no socket, no certificate and no clock.
-//! Not here: requests (methods, paths, tokens). Rules about them are read, and judged as layer 4 must.
+//!
+//! On a port that [`Compiled::needs_requests`], [`Compiled::judge_request`] judges each request, after [`tokens`] were
+//! verified; elsewhere what only a request can answer is judged as layer 4 must.
 
+mod authentication;
 mod authn_v1alpha1;
 mod book;
+mod client;
 mod compile;
+mod destination_rule;
 mod evaluate;
+mod explain;
 mod matching;
 mod objects;
+mod origins;
+mod paths;
 mod rbac_v1alpha1;
 mod reader;
+mod request;
+mod request_authentication;
 mod rules;
 mod security_v1;
+mod seen;
 mod status;
 #[cfg(test)]
 mod tests;
+pub mod tokens;
 mod transport;
+pub(crate) mod trial;
 
 use std::{net::IpAddr, sync::Arc};
 
 use spiffe_id::SpiffeId;
 
 pub use self::{
+    client::{ClientFacts, ClientMode, ClientTls, ServerMode, client_tls, may_answer},
     compile::{Compiled, Inventory, compile},
+    destination_rule::{ClientSetting, TlsMode, TlsSettings},
+    explain::{Considered, Explanation, Mismatch},
     objects::PolicyObjects,
+    origins::KeySetAddress,
+    paths::PathFault,
+    request::{
+        Admission, Answer, Attributes, DENIED_BODY, RequestDenial, RequestDenialKind, RequestFacts,
+        RequestPermit,
+    },
+    seen::{Headers, RESERVED_NAMES, RESERVED_PREFIX},
     status::ObjectStatus,
+};
+pub(crate) use self::{
+    destination_rule::{rule_of, tls_of},
+    explain::reason,
+    seen::{Metadata, header},
+    tokens::claims_of,
 };
 use crate::workload::{ObjectName, Workload};
 
@@ -105,6 +134,18 @@ pub struct Verdict {
     pub principal: Option<SpiffeId>,
     /// The service on whose behalf the port is open, if any.
     pub service: Option<ObjectName>,
+    /// What the answer would be if everything were enforced that is only tried (policy B-11); `None`: nothing is.
+    pub shadow: Option<ShadowVerdict>,
+    /// The AUDIT policy that records this (policy F-3).
+    pub audit: Option<Arc<str>>,
+}
+
+/// A would-be verdict.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShadowVerdict {
+    pub allowed: bool,
+    pub policy: Option<Arc<str>>,
+    pub rule: Option<Arc<str>>,
 }
 
 /// An answer, not a fault.
@@ -129,16 +170,25 @@ pub enum DenialReason {
     PolicyUnusable,
     /// The destination is not enrolled on this node.
     NotEnrolled,
+    /// The peer of an HTTP port is nobody that its policy accepts (policy A-8).
+    PeerUnauthenticated,
+    /// A token is missing or not valid (policy A-9, F-2).
+    TokenRefused,
+    /// A path that nobody can judge (policy B-5).
+    BadPath,
 }
 
 impl DenialReason {
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::PlaintextRefused,
         Self::TrustDomain,
         Self::DeniedByRule,
         Self::NoRuleAllows,
         Self::PolicyUnusable,
         Self::NotEnrolled,
+        Self::PeerUnauthenticated,
+        Self::TokenRefused,
+        Self::BadPath,
     ];
 
     pub const fn label(self) -> &'static str {
@@ -149,6 +199,9 @@ impl DenialReason {
             Self::NoRuleAllows => "no_rule_allows",
             Self::PolicyUnusable => "policy_unusable",
             Self::NotEnrolled => "not_enrolled",
+            Self::PeerUnauthenticated => "peer_unauthenticated",
+            Self::TokenRefused => "token_refused",
+            Self::BadPath => "bad_path",
         }
     }
 }

@@ -12,8 +12,10 @@ use serde_json::Value;
 
 use super::{
     authn_v1alpha1::{self, DEFAULT_NAME, Policy, Target},
+    destination_rule::{ClientRules, DestinationRule, destination_rule},
     rbac_v1alpha1::{self, ServiceRole, ServiceRoleBinding, Switch},
     reader::{Fault, Fields, Warning, Warnings},
+    request_authentication::{RequestAuthentication, request_authentication},
     security_v1::{self, Action, AuthorizationPolicy, PeerAuthentication, Selector},
 };
 use crate::{
@@ -66,6 +68,25 @@ impl PolicyObjects {
         self.entries.remove(&(kind.to_owned(), name.clone()));
     }
 
+    /// How clients speak to services (policy C).
+    pub(crate) fn client_rules(&self) -> ClientRules {
+        let mut rules = ClientRules::default();
+        for ((_, name), entry) in &self.entries {
+            match entry {
+                Entry { good: Some(Good { label, body: Body::DestinationRule(rule), .. }), .. } => {
+                    rules.add(name, label, Ok(rule));
+                }
+                Entry { good: None, refused: Some(Refused { label, kind, .. }) } => {
+                    if let RefusedKind::DestinationRule { host: Some(host) } = kind {
+                        rules.add(name, label, Err(host));
+                    }
+                }
+                Entry { .. } => {}
+            }
+        }
+        rules
+    }
+
     pub(super) fn entries(&self) -> impl Iterator<Item = (&str, &ObjectName, &Entry)> {
         self.entries.iter().map(|((kind, name), entry)| (kind.as_str(), name, entry))
     }
@@ -114,10 +135,8 @@ pub(super) enum Body {
     ServiceRoleBinding(ServiceRoleBinding),
     PeerAuthentication(PeerAuthentication),
     AuthorizationPolicy(AuthorizationPolicy),
-    /// Whether it has rules.
-    RequestAuthentication(bool),
-    /// Its TLS mode.
-    DestinationRule(Option<String>),
+    RequestAuthentication(RequestAuthentication),
+    DestinationRule(DestinationRule),
 }
 
 /// A version that could not be read.
@@ -148,8 +167,11 @@ pub(super) enum RefusedKind {
     },
     /// A role or a binding: it could only have granted.
     Grant,
-    /// An object that this version does not enforce anyway.
-    NotEnforced,
+    RequestAuthentication(Reach),
+    /// What it would have said of connections that leave.
+    DestinationRule {
+        host: Option<String>,
+    },
     /// A kind or version of a policy group that nobody here reads.
     Unknown,
 }
@@ -171,12 +193,15 @@ impl Refused {
     fn new(object: &Object, invalid: InvalidObject) -> Self {
         let kind = match (known_kind(object), object.kind.as_str()) {
             (_, "ServiceRole" | "ServiceRoleBinding") => RefusedKind::Grant,
-            (_, "RequestAuthentication" | "DestinationRule") => RefusedKind::NotEnforced,
+            (_, "DestinationRule") => {
+                RefusedKind::DestinationRule { host: object.spec["host"].as_str().map(str::to_owned) }
+            }
             (false, _) => RefusedKind::Unknown,
             (true, "Policy") => RefusedKind::Policy(targets_reach(object)),
             (true, "MeshPolicy") => RefusedKind::MeshPolicy,
             (true, "RbacConfig") => RefusedKind::Switch { is_cluster: false },
             (true, "ClusterRbacConfig") => RefusedKind::Switch { is_cluster: true },
+            (true, "RequestAuthentication") => RefusedKind::RequestAuthentication(selector_reach(object)),
             (true, "PeerAuthentication") => RefusedKind::PeerAuthentication(selector_reach(object)),
             (true, _) => {
                 let (reach, only_grants) = authorization_reach(object);
@@ -239,10 +264,8 @@ fn read(object: &Object, warnings: &mut Warnings) -> Result<Body, Fault> {
         "AuthorizationPolicy" => {
             security_v1::authorization_policy(object, warnings).map(Body::AuthorizationPolicy)
         }
-        "RequestAuthentication" => {
-            security_v1::request_authentication(object, warnings).map(Body::RequestAuthentication)
-        }
-        _ => security_v1::destination_rule(object).map(Body::DestinationRule),
+        "RequestAuthentication" => request_authentication(object, warnings).map(Body::RequestAuthentication),
+        _ => destination_rule(object, warnings).map(Body::DestinationRule),
     }
 }
 
@@ -270,8 +293,10 @@ fn selector_reach(object: &Object) -> Reach {
 /// Whether a key is not among those of its kind: it may be the misspelled one that says what is targeted, or that the
 /// object denies.
 fn has_unknown_key(object: &Object) -> bool {
-    const KEYS: [&str; 16] = [
+    const KEYS: [&str; 18] = [
         "action",
+        "jwtRules",
+        "jwt_rules",
         "mtls",
         "originIsOptional",
         "origin_is_optional",

@@ -8,8 +8,10 @@ use serde_json::Value;
 use super::{
     authn_v1alpha1::DEFAULT_NAME,
     matching::{Glob, Pattern, config_time_matches},
+    paths::PathPattern,
     reader::{Fault, Fields, Item, Usable, Warnings, networks, patterns, ports, warn_of_stars},
-    rules::{Condition, Values},
+    rules::{Condition, MetadataPattern, Values},
+    seen::Asked,
 };
 use crate::decode::Object;
 
@@ -63,7 +65,7 @@ pub(super) struct AccessRule {
     services: Vec<String>,
     /// Decided once the destination is known.
     destination: Vec<DestinationConstraint>,
-    /// Decided for each connection.
+    /// Decided for each connection, or for each request.
     pub(super) conditions: Vec<Condition>,
     /// Fields that only a request can answer: the rule is left out on layer 4 (policy B-10).
     pub(super) request_fields: Vec<String>,
@@ -222,13 +224,12 @@ fn access_rule(item: &Item<'_>, warnings: &mut Warnings) -> Result<AccessRule, F
     warn_of_stars(&services, warnings);
     warn_of_short_services(&services, warnings);
     let mut request_fields = Vec::new();
+    let mut conditions = Vec::new();
     for name in ["paths", "notPaths", "methods", "notMethods", "hosts", "notHosts"] {
         let values = fields.texts(name)?;
-        if name == "paths" {
-            warn_of_relative_paths(&values, warnings);
-        }
         if !values.is_empty() {
             request_fields.push(name.to_owned());
+            conditions.push(operation(name, &values, warnings));
         }
     }
     let is_there = |name: &str| request_fields.iter().any(|field| field == name);
@@ -243,7 +244,7 @@ fn access_rule(item: &Item<'_>, warnings: &mut Warnings) -> Result<AccessRule, F
     let mut rule = AccessRule {
         services: services.iter().filter_map(|item| item.value.as_str()).map(str::to_owned).collect(),
         destination: Vec::new(),
-        conditions: Vec::new(),
+        conditions,
         request_fields,
     };
     rule.conditions.extend(ports.map(|read| Condition::new(read, Values::DestinationPorts)));
@@ -253,6 +254,41 @@ fn access_rule(item: &Item<'_>, warnings: &mut Warnings) -> Result<AccessRule, F
     }
     fields.finish()?;
     Ok(rule)
+}
+
+/// One of the fields that only a request can answer, by the header matcher of 2018 (policy B-5).
+fn operation(name: &str, items: &[Item<'_>], warnings: &mut Warnings) -> Condition {
+    let is_negated = name.starts_with("not");
+    if matches!(name, "paths" | "notPaths") {
+        warn_of_relative_paths(items, warnings);
+        let read = patterns(items, warnings, PathPattern::of_2018);
+        return Condition::either(is_negated, read, Values::Paths);
+    }
+    let is_host = matches!(name, "hosts" | "notHosts");
+    let read = patterns(items, warnings, |text| {
+        if is_host { Pattern::of_2018(&text.to_ascii_lowercase()) } else { Pattern::of_2018(text) } // policy G-18
+    });
+    let asked = if is_host { Asked::Host } else { Asked::Method };
+    Condition::either(is_negated, read, |patterns| Values::Request(asked, patterns))
+}
+
+/// What a request's header must be (policy B-5): its name without regard to case.
+pub(super) fn header_condition(name: &str, items: &[Item<'_>], warnings: &mut Warnings) -> Condition {
+    let asked = Asked::Header(name.to_ascii_lowercase().into());
+    Condition::new(patterns(items, warnings, Pattern::of_2018), |patterns| Values::Request(asked, patterns))
+}
+
+/// `experimental.envoy.filters.<name>[<key>]` (policy B-6).
+pub(super) fn metadata_condition(
+    key: &str,
+    items: &[Item<'_>],
+    warnings: &mut Warnings,
+) -> Option<Condition> {
+    let rest = key.strip_prefix("experimental.envoy.filters.")?.strip_suffix(']')?;
+    let (filter, key) = rest.split_once('[').filter(|(filter, key)| !filter.is_empty() && !key.is_empty())?;
+    let read = patterns(items, warnings, MetadataPattern::new);
+    let (filter, key) = (filter.into(), key.into());
+    Some(Condition::new(read, |values| Values::Metadata { filter, key, values }))
 }
 
 /// `ports` are numbers, and one outside 0 to 65535 refuses the role (policy B-3).
@@ -303,8 +339,13 @@ fn constraint(
         rule.destination.push(DestinationConstraint { attribute, values });
         return Ok(());
     }
-    if inside(key, "request.headers").is_some() {
+    if let Some(name) = inside(key, "request.headers") {
         rule.request_fields.push(key.to_owned());
+        rule.conditions.push(header_condition(name, &values, warnings));
+        return Ok(());
+    }
+    if let Some(condition) = metadata_condition(key, &values, warnings) {
+        rule.conditions.push(condition);
         return Ok(());
     }
     let condition = match key {
@@ -386,6 +427,11 @@ fn subject(item: &Item<'_>, warnings: &mut Warnings) -> Result<Subject, Fault> {
             }
             if !filled.is_empty() {
                 subject.request_fields.push(name.to_owned());
+                let read = patterns(&filled, warnings, Pattern::of_2018);
+                let groups = Asked::Claim(vec!["groups".into()]); // policy B-7
+                let is_negated = name == "notGroups";
+                let condition = Condition::either(is_negated, read, |values| Values::Request(groups, values));
+                subject.conditions.push(condition);
             }
         }
     }
@@ -527,13 +573,16 @@ fn property_condition(
             )
         }
         "source.ip" => Condition::new(networks(only, warnings), Values::SourceAddresses),
-        "source.user" | "request.auth.principal" | "request.auth.audiences" | "request.auth.presenter" => {
-            subject.request_fields.push((*key).to_owned());
-            return Ok(());
-        }
-        key if inside(key, "request.headers").or_else(|| inside(key, "request.auth.claims")).is_some() => {
+        key if asked(key).is_some() => {
             subject.request_fields.push(key.to_owned());
-            return Ok(());
+            if key == "source.user" {
+                warn_of_scheme(item, warnings);
+            }
+            let read =
+                |text: &str| if key == "source.user" { Pattern::new(text) } else { Pattern::of_2018(text) };
+            let read = patterns(only, warnings, read);
+            let asked = asked(key).unwrap_or(Asked::Principal);
+            Condition::new(read, |patterns| Values::Request(asked, patterns))
         }
         key => {
             warnings.say(&item.path, format!("{key:?} is no known property"));
@@ -545,6 +594,19 @@ fn property_condition(
     }
     subject.conditions.push(condition);
     Ok(())
+}
+
+/// The properties that only a request can answer (policy B-7).
+fn asked(key: &str) -> Option<Asked> {
+    match key {
+        "source.user" => Some(Asked::User),
+        "request.auth.principal" => Some(Asked::Principal),
+        "request.auth.audiences" => Some(Asked::Audience),
+        "request.auth.presenter" => Some(Asked::Presenter),
+        key => inside(key, "request.headers")
+            .map(|name| Asked::Header(name.to_ascii_lowercase().into()))
+            .or_else(|| inside(key, "request.auth.claims").map(|claim| Asked::Claim(vec![claim.into()]))),
+    }
 }
 
 /// The text between the brackets of `name[…]`.

@@ -1,15 +1,16 @@
-//! Front end of `security.istio.io/v1` (and `v1beta1`): `PeerAuthentication`, `AuthorizationPolicy`,
-//! `RequestAuthentication` (policy F), and what is read of a `DestinationRule` (policy C).
+//! Front end of `security.istio.io/v1` (and `v1beta1`): `PeerAuthentication` and `AuthorizationPolicy` (policy F-1, F-3).
 
 use std::collections::BTreeMap;
 
 use serde_json::Value;
 
 use super::{
-    matching::{Account, Pattern},
-    rbac_v1alpha1::{inside, warn_of_scheme},
-    reader::{Fault, Fields, Item, Warnings, networks, patterns, ports},
+    matching::{Account, Pattern, TokenPrincipal},
+    paths::PathPattern,
+    rbac_v1alpha1::{inside, metadata_condition, warn_of_scheme},
+    reader::{Fault, Fields, Item, Warnings, networks, patterns, ports, usable, warn_of_stars},
     rules::{Condition, Rule, Values},
+    seen::Asked,
 };
 use crate::{decode::Object, workload::TransportMode};
 
@@ -48,7 +49,12 @@ pub(super) enum Action {
 impl AuthorizationPolicy {
     /// Whether it decides anything: AUDIT only records, a dry run not even that (policy F-3, F-4).
     pub(super) fn is_enforced(&self) -> bool {
-        !self.is_dry_run && self.action != Action::Audit
+        !self.is_dry_run && self.decides()
+    }
+
+    /// Whether it would decide anything if it were enforced.
+    pub(super) fn decides(&self) -> bool {
+        self.action != Action::Audit
     }
 }
 
@@ -201,7 +207,7 @@ pub(super) fn is_dry_run(object: &Object, warnings: &mut Warnings) -> bool {
     }
 }
 
-fn refuse_target_references(fields: &mut Fields<'_>) -> Result<(), Fault> {
+pub(super) fn refuse_target_references(fields: &mut Fields<'_>) -> Result<(), Fault> {
     for name in ["targetRef", "targetRefs"] {
         if let Some(item) = fields.take(name)?
             && item.value.as_array().is_none_or(|list| !list.is_empty())
@@ -232,7 +238,8 @@ fn rule(
     }
     fields.finish()?;
     let label = format!("rules[{index}]").into();
-    Ok(PolicyRule { rule: Rule { label, from, to, when }, request_fields })
+    let asks_requests = !request_fields.is_empty();
+    Ok(PolicyRule { rule: Rule { label, from, to, when, asks_requests }, request_fields })
 }
 
 /// One rule while it is read.
@@ -282,10 +289,12 @@ impl<'r> Reading<'r> {
     fn source(&mut self, fields: &mut Fields<'_>) -> Result<(Vec<Condition>, bool), Fault> {
         let mut found = Found::default();
         let own = self.object.name.namespace.clone();
-        let lists: [(&'static str, &'static str, Attribute); 5] = [
+        let lists: [(&'static str, &'static str, Attribute); 6] = [
             ("principals", "notPrincipals", Attribute::Principal),
             ("namespaces", "notNamespaces", Attribute::Namespace),
             ("ipBlocks", "notIpBlocks", Attribute::SourceAddress),
+            // Nobody stands in between whose word for another address counts.
+            ("remoteIpBlocks", "notRemoteIpBlocks", Attribute::SourceAddress),
             ("serviceAccounts", "notServiceAccounts", Attribute::ServiceAccount),
             ("trustDomains", "notTrustDomains", Attribute::TrustDomain),
         ];
@@ -293,8 +302,8 @@ impl<'r> Reading<'r> {
             found.add(fields, name, |items| attribute.compare(items, false, &own, self.warnings))?;
             found.add(fields, not_name, |items| attribute.compare(items, true, &own, self.warnings))?;
         }
-        for name in ["requestPrincipals", "notRequestPrincipals", "remoteIpBlocks", "notRemoteIpBlocks"] {
-            found.ask_request(fields, name, self.request_fields)?;
+        for name in ["requestPrincipals", "notRequestPrincipals"] {
+            found.ask_request(fields, name, Demand::Principals, self.request_fields, self.warnings)?;
         }
         Ok((found.conditions, found.has_demands))
     }
@@ -304,8 +313,14 @@ impl<'r> Reading<'r> {
         let port = Attribute::DestinationPort;
         found.add(fields, "ports", |items| port.compare(items, false, "", self.warnings))?;
         found.add(fields, "notPorts", |items| port.compare(items, true, "", self.warnings))?;
-        for name in ["hosts", "notHosts", "methods", "notMethods", "paths", "notPaths"] {
-            found.ask_request(fields, name, self.request_fields)?;
+        let demands: [(&'static str, &'static str, Demand); 3] = [
+            ("hosts", "notHosts", Demand::Hosts),
+            ("methods", "notMethods", Demand::Methods),
+            ("paths", "notPaths", Demand::Paths),
+        ];
+        for (name, not_name, demand) in demands {
+            found.ask_request(fields, name, demand.clone(), self.request_fields, self.warnings)?;
+            found.ask_request(fields, not_name, demand, self.request_fields, self.warnings)?;
         }
         Ok((found.conditions, found.has_demands))
     }
@@ -322,7 +337,7 @@ impl<'r> Reading<'r> {
             return Err(item.fault("values or notValues", "write a value or remove the condition"));
         }
         let attribute = match key {
-            "source.ip" => Attribute::SourceAddress,
+            "source.ip" | "remote.ip" => Attribute::SourceAddress,
             "source.namespace" => Attribute::Namespace,
             "source.principal" => Attribute::Principal,
             "source.serviceAccount" => Attribute::ServiceAccount,
@@ -330,8 +345,20 @@ impl<'r> Reading<'r> {
             "destination.ip" => Attribute::DestinationAddress,
             "destination.port" => Attribute::DestinationPort,
             "connection.sni" => Attribute::ServerName,
-            key if is_request_key(key) => {
+            key if demand(key).is_some() => {
                 self.request_fields.push(key.to_owned());
+                let demand = demand(key).unwrap_or(Demand::Principals);
+                for (items, is_negated) in [(values, false), (not_values, true)] {
+                    if !items.is_empty() {
+                        when.push(demand.clone().compare(&items, is_negated, self.warnings));
+                    }
+                }
+                return Ok(());
+            }
+            key if let Some(condition) = metadata_condition(key, &values, self.warnings)
+                && not_values.is_empty() =>
+            {
+                when.push(condition);
                 return Ok(());
             }
             _ => {
@@ -352,13 +379,65 @@ impl<'r> Reading<'r> {
     }
 }
 
-/// Keys of `when` that only a request can answer (policy F-3).
-fn is_request_key(key: &str) -> bool {
-    matches!(
-        key,
-        "remote.ip" | "request.auth.principal" | "request.auth.audiences" | "request.auth.presenter"
-    ) || inside(key, "request.headers").is_some()
-        || inside(key, "request.auth.claims").is_some()
+/// What only a request can answer (policy F-3).
+#[derive(Clone)]
+enum Demand {
+    Hosts,
+    Methods,
+    Paths,
+    Principals,
+    Other(Asked),
+}
+
+/// The keys of `when` that only a request can answer.
+fn demand(key: &str) -> Option<Demand> {
+    match key {
+        "request.auth.principal" => Some(Demand::Principals),
+        "request.auth.audiences" => Some(Demand::Other(Asked::Audience)),
+        "request.auth.presenter" => Some(Demand::Other(Asked::Presenter)),
+        key => {
+            let header = inside(key, "request.headers");
+            let claims = inside(key, "request.auth.claims");
+            header.map(|name| Demand::Other(Asked::Header(name.to_ascii_lowercase().into()))).or_else(|| {
+                let path = claims?.split("][").map(Into::into).collect();
+                Some(Demand::Other(Asked::Claim(path)))
+            })
+        }
+    }
+}
+
+impl Demand {
+    fn compare(self, items: &[Item<'_>], is_negated: bool, warnings: &mut Warnings) -> Condition {
+        match self {
+            Self::Paths => {
+                let expected = "a path whose operators {*} and {**} are whole segments, {**} the last";
+                let written: Vec<Item<'_>> = items
+                    .iter()
+                    .filter(|item| !item.value.as_str().unwrap_or_default().contains('{'))
+                    .cloned()
+                    .collect();
+                warn_of_stars(&written, warnings);
+                Condition::either(
+                    is_negated,
+                    usable(items, expected, warnings, PathPattern::new),
+                    Values::Paths,
+                )
+            }
+            Self::Principals => {
+                let read = patterns(items, warnings, TokenPrincipal::new);
+                Condition::either(is_negated, read, Values::TokenPrincipals)
+            }
+            Self::Hosts => {
+                let read = patterns(items, warnings, |text| Pattern::new(&text.to_ascii_lowercase()));
+                Condition::either(is_negated, read, |hosts| Values::Request(Asked::Host, hosts))
+            }
+            Self::Methods => Self::Other(Asked::Method).compare(items, is_negated, warnings),
+            Self::Other(asked) => {
+                let read = patterns(items, warnings, Pattern::new);
+                Condition::either(is_negated, read, |patterns| Values::Request(asked, patterns))
+            }
+        }
+    }
 }
 
 /// The conditions of one source or operation.
@@ -387,11 +466,15 @@ impl Found {
         &mut self,
         fields: &mut Fields<'_>,
         name: &'static str,
+        demand: Demand,
         request_fields: &mut Vec<String>,
+        warnings: &mut Warnings,
     ) -> Result<(), Fault> {
-        if !fields.texts(name)?.is_empty() {
+        let items = fields.texts(name)?;
+        if !items.is_empty() {
             self.has_demands = true;
             request_fields.push(name.to_owned());
+            self.conditions.push(demand.compare(&items, name.starts_with("not"), warnings));
         }
         Ok(())
     }
@@ -419,96 +502,29 @@ impl Attribute {
         warnings: &mut Warnings,
     ) -> Condition {
         let texts = |warnings: &mut Warnings| patterns(items, warnings, Pattern::new);
-        let make = if is_negated { Made::Not } else { Made::Plain };
         match self {
             Self::Principal => {
                 for item in items {
                     warn_of_scheme(item, warnings);
                 }
-                make.of(texts(warnings), Values::Principals)
+                Condition::either(is_negated, texts(warnings), Values::Principals)
             }
-            Self::Namespace => make.of(texts(warnings), Values::Namespaces),
+            Self::Namespace => Condition::either(is_negated, texts(warnings), Values::Namespaces),
             Self::ServiceAccount => {
                 let read = patterns(items, warnings, |text| Account::new(text, own_namespace));
-                make.of(read, Values::ServiceAccounts)
+                Condition::either(is_negated, read, Values::ServiceAccounts)
             }
-            Self::TrustDomain => make.of(texts(warnings), Values::TrustDomains),
-            Self::SourceAddress => make.of(networks(items, warnings), Values::SourceAddresses),
-            Self::DestinationAddress => make.of(networks(items, warnings), Values::DestinationAddresses),
-            Self::DestinationPort => make.of(ports(items, warnings), Values::DestinationPorts),
-            Self::ServerName => make.of(texts(warnings), Values::ServerNames),
+            Self::TrustDomain => Condition::either(is_negated, texts(warnings), Values::TrustDomains),
+            Self::SourceAddress => {
+                Condition::either(is_negated, networks(items, warnings), Values::SourceAddresses)
+            }
+            Self::DestinationAddress => {
+                Condition::either(is_negated, networks(items, warnings), Values::DestinationAddresses)
+            }
+            Self::DestinationPort => {
+                Condition::either(is_negated, ports(items, warnings), Values::DestinationPorts)
+            }
+            Self::ServerName => Condition::either(is_negated, texts(warnings), Values::ServerNames),
         }
-    }
-}
-
-#[derive(Clone, Copy)]
-enum Made {
-    Plain,
-    Not,
-}
-
-impl Made {
-    fn of<T>(self, read: super::reader::Usable<T>, values: impl FnOnce(Vec<T>) -> Values) -> Condition {
-        match self {
-            Self::Plain => Condition::new(read, values),
-            Self::Not => Condition::not(read, values),
-        }
-    }
-}
-
-/// Reads a `RequestAuthentication` (policy F-2) as far as its shape goes, and says whether it asks for anything.
-pub(super) fn request_authentication(object: &Object, warnings: &mut Warnings) -> Result<bool, Fault> {
-    let mut fields = Fields::spec(object)?;
-    refuse_target_references(&mut fields)?;
-    selector(&mut fields, warnings)?;
-    let rules = fields.list("jwtRules")?;
-    fields.finish()?;
-    for item in &rules {
-        let mut rule = Fields::open(item)?;
-        let Some(issuer) = rule.take("issuer")? else {
-            return Err(rule.fault("a rule with an issuer", "name the issuer as in the token's iss"));
-        };
-        issuer.filled_text()?;
-        for name in ["audiences", "fromParams", "fromCookies", "spaceDelimitedClaims"] {
-            rule.texts(name)?;
-        }
-        for name in ["jwksUri", "jwks", "outputPayloadToHeader", "timeout"] {
-            rule.text(name)?;
-        }
-        rule.flag("forwardOriginalToken")?;
-        for name in ["fromHeaders", "outputClaimToHeaders"] {
-            rule.list(name)?;
-        }
-        rule.finish()?;
-    }
-    Ok(!rules.is_empty())
-}
-
-/// Reads the TLS mode of a `DestinationRule` (policy C), if it has one; the rest belongs to others.
-pub(super) fn destination_rule(object: &Object) -> Result<Option<String>, Fault> {
-    const MODES: [&str; 4] = ["DISABLE", "SIMPLE", "MUTUAL", "ISTIO_MUTUAL"];
-    let host = &object.spec["host"];
-    if host.as_str().is_none_or(str::is_empty) {
-        return Err(Fault::new(
-            "spec.host",
-            host,
-            "the name of a service",
-            "name the host that the rule is for",
-        ));
-    }
-    let tls = &object.spec["trafficPolicy"]["tls"];
-    if tls.is_null() {
-        return Ok(None);
-    }
-    let mode = &tls["mode"];
-    match mode.as_str() {
-        None if mode.is_null() && tls.is_object() => Ok(Some(MODES[0].to_owned())),
-        Some(name) if MODES.contains(&name) => Ok(Some(name.to_owned())),
-        Some(_) | None => Err(Fault::new(
-            "spec.trafficPolicy.tls.mode",
-            mode,
-            &format!("one of {}", MODES.join(", ")),
-            "write one of these names in upper case",
-        )),
     }
 }

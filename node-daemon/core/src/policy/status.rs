@@ -106,36 +106,20 @@ impl View<'_> {
                 let tokens = tokens_problem(policy).map(|sentence| say("spec.origins", sentence.to_owned()));
                 tokens.into_iter().chain(self.missing_targets(name, policy)).collect()
             }
-            Body::ServiceRole(role) => left_out(role),
-            Body::ServiceRoleBinding(binding) => {
-                let asks_requests =
-                    binding.subjects.iter().enumerate().filter(|(_, s)| !s.request_fields.is_empty());
-                asks_requests
-                    .map(|(index, subject)| {
-                        let fields = subject.request_fields.join(", ");
-                        let sentence = format!(
-                            "{fields}: only a request can answer, so this subject matches nobody on layer 4"
-                        );
-                        say(&format!("spec.subjects[{index}]"), sentence)
-                    })
-                    .collect()
-            }
-            Body::AuthorizationPolicy(policy) => request_rules(policy),
-            Body::RequestAuthentication(true) => vec![say(
-                "spec.jwtRules",
-                "tokens are not checked in this version: rules that ask for a token never match".to_owned(),
-            )],
-            Body::DestinationRule(Some(mode)) => {
-                vec![say(
-                    "spec.trafficPolicy.tls.mode",
-                    format!("{mode} is not enforced: the tunnel is always used"),
-                )]
-            }
+            Body::DestinationRule(rule) => rule
+                .modes()
+                .map(|mode| {
+                    let sentence = format!("{} is not enforced: the tunnel is always used", mode.name());
+                    say("spec.trafficPolicy.tls.mode", sentence)
+                })
+                .collect(),
             Body::RbacConfig(_)
             | Body::ClusterRbacConfig(_)
+            | Body::ServiceRole(_)
+            | Body::ServiceRoleBinding(_)
             | Body::PeerAuthentication(_)
-            | Body::RequestAuthentication(false)
-            | Body::DestinationRule(None) => Vec::new(),
+            | Body::AuthorizationPolicy(_)
+            | Body::RequestAuthentication(_) => Vec::new(),
         }
     }
 
@@ -165,8 +149,14 @@ impl View<'_> {
             Body::AuthorizationPolicy(policy) => {
                 policy_rules_effect(policy, &self.scope(name, &policy.selector))
             }
-            Body::RequestAuthentication(_) => {
-                "not enforced: requests are not looked at in this version".to_owned()
+            Body::RequestAuthentication(body) => {
+                let scope = self.scope(name, &body.selector);
+                match body.rules.len() {
+                    0 => format!("asks nothing of requests to {scope}"),
+                    count => {
+                        format!("a token for one of {count} issuers must be valid if it is sent to {scope}")
+                    }
+                }
             }
             Body::DestinationRule(_) => "not enforced: the tunnel is always used".to_owned(),
         };
@@ -207,7 +197,12 @@ impl View<'_> {
                 denied(self.reach(name, reach))
             }
             RefusedKind::Grant => "it grants nothing".to_owned(),
-            RefusedKind::NotEnforced => "none: this version does not enforce such objects".to_owned(),
+            RefusedKind::RequestAuthentication(reach) => {
+                format!("every request is denied to HTTP ports of {}", self.reach(name, reach))
+            }
+            RefusedKind::DestinationRule { .. } => {
+                "none: this version does not enforce such objects".to_owned()
+            }
             RefusedKind::Unknown => denied(self.scope(name, &Selector::new())),
         }
     }
@@ -234,16 +229,10 @@ impl View<'_> {
 
 fn tokens_problem(policy: &Policy) -> Option<&'static str> {
     match policy.tokens {
-        Tokens::NotAsked => None,
-        Tokens::Optional => {
-            Some("tokens are not checked in this version: no request gets a principal from one")
-        }
-        Tokens::Required => Some(
-            "a token cannot be checked in this version: connections to the HTTP ports it targets are denied",
-        ),
+        Tokens::NotAsked | Tokens::Optional | Tokens::Required => None,
         Tokens::Impossible => Some(
-            "principalBinding USE_ORIGIN without origins lets no request through: connections to the HTTP ports it \
-             targets are denied",
+            "principalBinding USE_ORIGIN without origins lets no request through: those to the HTTP ports it targets \
+             are refused",
         ),
     }
 }
@@ -301,20 +290,11 @@ fn switch_effect(switch: &Switch) -> String {
 
 fn role_effect(name: &ObjectName, role: &ServiceRole) -> String {
     let usable = role.rules.iter().filter(|rule| rule.request_fields.is_empty()).count();
-    format!("{usable} of {} rules grant connections in namespace {}", role.rules.len(), name.namespace)
-}
-
-/// policy B-10
-fn left_out(role: &ServiceRole) -> Vec<(String, String)> {
-    let asks_requests = role.rules.iter().enumerate().filter(|(_, rule)| !rule.request_fields.is_empty());
-    asks_requests
-        .map(|(index, rule)| {
-            let fields = rule.request_fields.join(", ");
-            let sentence =
-                format!("{fields}: only a request can answer, so this rule grants nothing on layer 4");
-            (format!("spec.rules[{index}]"), sentence)
-        })
-        .collect()
+    let count = role.rules.len();
+    format!(
+        "{count} rules grant requests, and {usable} of {count} rules grant connections, in namespace {}",
+        name.namespace
+    )
 }
 
 fn binding_effect(binding: &ServiceRoleBinding) -> String {
@@ -323,7 +303,9 @@ fn binding_effect(binding: &ServiceRoleBinding) -> String {
         return format!("mode PERMISSIVE: it grants nothing of role {role}"); // policy B-11
     }
     let usable = binding.subjects.iter().filter(|subject| subject.request_fields.is_empty()).count();
-    format!("{usable} of {count} subjects may use role {role}")
+    format!(
+        "{count} subjects may use role {role} by requests, and {usable} of {count} subjects by connections"
+    )
 }
 
 fn policy_rules_effect(policy: &AuthorizationPolicy, scope: &str) -> String {
@@ -334,25 +316,9 @@ fn policy_rules_effect(policy: &AuthorizationPolicy, scope: &str) -> String {
         Action::Allow if policy.rules.is_empty() => format!("allows nobody to reach {scope}"),
         Action::Allow => format!("only what some ALLOW rule matches reaches {scope}"),
         Action::Deny => format!("what its rules match is denied to {scope}"),
-        Action::Audit => "records nothing in this version, and decides nothing".to_owned(),
+        Action::Audit => format!("records what its rules match on its way to {scope}, and decides nothing"),
         Action::Custom => {
             format!("no provider is asked in this version: what its rules match is denied to {scope}")
         }
     }
-}
-
-/// policy F-3
-fn request_rules(policy: &AuthorizationPolicy) -> Vec<(String, String)> {
-    let asks_requests = policy.rules.iter().enumerate().filter(|(_, rule)| !rule.request_fields.is_empty());
-    let consequence = match policy.action {
-        Action::Allow => "this rule never matches on layer 4",
-        Action::Deny | Action::Custom => "this rule is judged without them on layer 4 and denies more",
-        Action::Audit => "this rule records nothing",
-    };
-    asks_requests
-        .map(|(index, rule)| {
-            let fields = rule.request_fields.join(", ");
-            (format!("spec.rules[{index}]"), format!("{fields}: only a request can answer, so {consequence}"))
-        })
-        .collect()
 }

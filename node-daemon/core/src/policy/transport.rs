@@ -1,14 +1,17 @@
 //! What a port demands of the connection itself: `PeerAuthentication` before `Policy` before `MeshPolicy` before the
 //! mesh's default (policy A-4, F-1, F-4).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
+    authentication::{Authentication, OriginStep},
     authn_v1alpha1::{DEFAULT_NAME, Policy, PortSelector, Target, Tokens},
     book::{Book, Candidate, Notes},
     objects::Reach,
+    request_authentication::RequestAuthentication,
     rules::Transport,
     security_v1::PeerAuthentication,
+    tokens::TokenRules,
 };
 use crate::workload::{Protocol, Service, ServicePort, TransportMode, Workload};
 
@@ -29,17 +32,67 @@ pub(super) struct Owner<'a> {
     pub(super) ports: Vec<&'a ServicePort>,
 }
 
-/// The transport of one port.
-pub(super) fn transport(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> Transport {
-    let by_policy = by_policies(place, book, notes);
-    match by_peer_authentication(place, book, notes) {
+/// The transport of one port, and what it asks of the senders of requests.
+pub(super) fn transport(
+    place: &Place<'_>,
+    book: &Book<'_>,
+    notes: &mut Notes,
+) -> (Transport, Authentication) {
+    let (by_policy, policies) = by_policies(place, book, notes);
+    let transport = match by_peer_authentication(place, book, notes) {
         None => by_policy,
         // Transport is the PeerAuthentication's alone; what the Policy asks of tokens still stands.
         Some(transport) if by_policy.is_unusable && !transport.is_unusable => {
             Transport { mode: transport.mode, ..by_policy }
         }
         Some(transport) => transport,
+    };
+    let authentication = match place.protocol {
+        Protocol::Tcp => Authentication::default(), // policy A-7
+        Protocol::Http | Protocol::Grpc => authentication(place, &policies, book),
+    };
+    (transport, authentication)
+}
+
+/// A policy that applies to a port, and its name.
+type Applied<'a> = (&'a Arc<str>, &'a Policy);
+
+fn authentication(place: &Place<'_>, policies: &[Applied<'_>], book: &Book<'_>) -> Authentication {
+    let step = |(label, policy): &Applied<'_>| {
+        let asks = !policy.origins.is_empty();
+        // policy: without peers and origins the binding has no effect.
+        let binds_nothing = policy.binds_origin && policy.mode != TransportMode::Disabled;
+        (asks || binds_nothing).then(|| OriginStep {
+            policy: Arc::clone(label),
+            methods: policy.origins.clone(),
+            is_optional: matches!(policy.tokens, Tokens::Optional | Tokens::NotAsked),
+            binds_origin: policy.binds_origin,
+        })
+    };
+    let origins: Vec<OriginStep> = policies.iter().filter_map(step).collect();
+    let selected = |candidate: &&Candidate<'_, &RequestAuthentication>| {
+        book.is_in_scope(&candidate.name.namespace, &place.workload.name.namespace)
+            && match candidate.body {
+                Ok(body) => selects(&body.selector, place.workload),
+                Err(Reach::Selected(selector)) => selects(selector, place.workload),
+                Err(Reach::Scope | Reach::Unreadable) => true,
+                Err(Reach::Targets(_) | Reach::Nobody) => false,
+            }
+    };
+    let (mut requests, mut request_policy, mut unusable) = (Vec::new(), None, None);
+    for candidate in book.request_authentications.iter().filter(selected) {
+        match candidate.body {
+            Ok(body) => {
+                requests.extend(body.rules.iter().cloned());
+                request_policy = request_policy.or_else(|| Some(Arc::clone(candidate.label)));
+            }
+            Err(_) => unusable = unusable.or_else(|| Some(Arc::clone(candidate.label))),
+        }
     }
+    let of_origins = origins.iter().flat_map(|step| step.methods.iter().map(|method| method.rule.clone()));
+    let tokens = TokenRules::new(of_origins.chain(requests.iter().cloned()).collect());
+    let peer_is_optional = !policies.is_empty() && policies.iter().all(|(_, policy)| policy.peer_is_optional);
+    Authentication { peer_is_optional, origins, requests, request_policy, unusable, tokens }
 }
 
 /// Whether a selector selects the workload; an empty one selects all.
@@ -105,16 +158,23 @@ fn oldest<'b, 'a: 'b, T: 'b>(
 
 /// Exactly one policy, without merging (policy A-4). Where several ports of the service lead to one port of the
 /// workload, the strictest answer.
-fn by_policies(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> Transport {
+fn by_policies<'a>(place: &Place<'_>, book: &Book<'a>, notes: &mut Notes) -> (Transport, Vec<Applied<'a>>) {
     let mut strictest: Option<Transport> = None;
+    let mut policies: Vec<Applied<'a>> = Vec::new();
     let owner_ports = place.owner.map_or(&[][..], |owner| &owner.ports);
     for port in owner_ports.iter().copied().map(Some).chain(owner_ports.is_empty().then_some(None)) {
-        let transport = by_policy(place, port, book, notes);
+        let (transport, policy) = by_policy(place, port, book, notes);
+        policies.extend(policy.filter(|(label, _)| policies.iter().all(|(known, _)| known != label)));
         if strictest.as_ref().is_none_or(|known| strictness(&transport) > strictness(known)) {
             strictest = Some(transport);
         }
     }
-    strictest.unwrap_or(Transport { mode: book.mesh.default_mode, policy: None, is_unusable: false })
+    (strictest.unwrap_or_else(|| nothing(book)), policies)
+}
+
+/// No policy at all.
+fn nothing(book: &Book<'_>) -> Transport {
+    Transport { mode: book.mesh.default_mode, policy: None, is_unusable: false }
 }
 
 fn strictness(transport: &Transport) -> (bool, u8) {
@@ -126,7 +186,12 @@ fn strictness(transport: &Transport) -> (bool, u8) {
     (transport.is_unusable, mode)
 }
 
-fn by_policy(place: &Place<'_>, port: Option<&ServicePort>, book: &Book<'_>, notes: &mut Notes) -> Transport {
+fn by_policy<'a>(
+    place: &Place<'_>,
+    port: Option<&ServicePort>,
+    book: &Book<'a>,
+    notes: &mut Notes,
+) -> (Transport, Option<Applied<'a>>) {
     let own = &*place.workload.name.namespace;
     let service = place.owner.map(|owner| &*owner.service.name.name);
     let mut here = book.policies.iter().filter(|candidate| &*candidate.name.namespace == own).peekable();
@@ -154,7 +219,7 @@ fn by_policy(place: &Place<'_>, port: Option<&ServicePort>, book: &Book<'_>, not
     }
     match default_first(book.mesh_policies.iter()) {
         Some(candidate) => applied(candidate, place, notes),
-        None => Transport { mode: book.mesh.default_mode, policy: None, is_unusable: false },
+        None => (nothing(book), None),
     }
 }
 
@@ -165,24 +230,23 @@ fn default_first<'b, 'a: 'b, T: 'b>(
     candidates.min_by_key(|candidate| &*candidate.name.name != DEFAULT_NAME)
 }
 
-fn applied(candidate: &Candidate<'_, &Policy>, place: &Place<'_>, notes: &mut Notes) -> Transport {
+fn applied<'a>(
+    candidate: &Candidate<'a, &'a Policy>,
+    place: &Place<'_>,
+    notes: &mut Notes,
+) -> (Transport, Option<Applied<'a>>) {
     let label = Some(candidate.label.clone());
     let Ok(policy) = candidate.body else {
-        return Transport { mode: TransportMode::Strict, policy: label, is_unusable: true };
+        return (Transport { mode: TransportMode::Strict, policy: label, is_unusable: true }, None);
     };
-    let needs_requests = match (policy.tokens, place.protocol) {
-        (Tokens::NotAsked | Tokens::Optional, _) => false,
-        (Tokens::Required | Tokens::Impossible, Protocol::Tcp) => {
-            // policy A-7
-            let port = place.port.map_or_else(|| "its other ports".to_owned(), |port| format!("port {port}"));
-            let sentence =
-                format!("no effect on {port} of {}, which carries TCP, not HTTP", place.workload.name);
-            notes.problem(candidate.label, "spec.origins", sentence);
-            false
-        }
-        (Tokens::Required | Tokens::Impossible, Protocol::Http | Protocol::Grpc) => true,
-    };
-    Transport { mode: policy.mode, policy: label, is_unusable: needs_requests }
+    if place.protocol == Protocol::Tcp && matches!(policy.tokens, Tokens::Required | Tokens::Impossible) {
+        // policy A-7
+        let port = place.port.map_or_else(|| "its other ports".to_owned(), |port| format!("port {port}"));
+        let sentence = format!("no effect on {port} of {}, which carries TCP, not HTTP", place.workload.name);
+        notes.problem(candidate.label, "spec.origins", sentence);
+    }
+    let transport = Transport { mode: policy.mode, policy: label, is_unusable: false };
+    (transport, Some((candidate.label, policy)))
 }
 
 impl Target {

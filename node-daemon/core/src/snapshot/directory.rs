@@ -126,8 +126,7 @@ impl ServiceRoutes {
         }
         // D-2: the identities behind all ports of the service.
         let endpoints = members.iter().filter(|workload| behind.contains(&workload.name));
-        let identities = endpoints.filter_map(|workload| naming::of_workload(workload).ok());
-        let allowed = naming::allowed(identities.chain(named).collect::<Vec<_>>(), mesh);
+        let allowed = naming::answering(endpoints.map(|workload| &***workload), named, mesh);
         Self { name: service.name.clone(), ports, allowed }
     }
 

@@ -19,8 +19,9 @@ use self::directory::{Directory, Owner};
 use crate::{
     decode::{DeclaredWorkload, Enrolment, Source},
     policy::{
-        self, Compiled, ConnectionFacts, Denial, DenialReason, Inventory, ObjectStatus, Permit,
-        PolicyObjects, Verdict,
+        self, Admission, ClientSetting, Compiled, ConnectionFacts, Denial, DenialReason, Explanation,
+        Inventory, ObjectStatus, Permit, PolicyObjects, RequestDenial, RequestFacts, RequestPermit, Verdict,
+        tokens::TokenRules,
     },
     store::Problem,
     workload::{Mesh, ObjectName, Service, TransportMode, Workload},
@@ -173,6 +174,50 @@ impl Snapshot {
         self.compiled.authorise(facts)
     }
 
+    /// May this connection come in, and is it judged as a whole or request by request?
+    ///
+    /// # Errors
+    /// As [`Snapshot::authorise`].
+    pub fn admit(&self, facts: &ConnectionFacts) -> Result<Admission, Denial> {
+        if self.unreadable.is_some() {
+            return Err(Denial { reason: DenialReason::PolicyUnusable, verdict: Verdict::default() });
+        }
+        self.compiled.admit(facts)
+    }
+
+    /// Whose tokens count on this port, if anybody's.
+    pub fn token_rules(&self, destination: &Workload, port: u16) -> Option<&TokenRules> {
+        self.compiled.token_rules(destination, port)
+    }
+
+    /// May one request of a connection that was [admitted](Snapshot::admit) by this snapshot reach the workload?
+    ///
+    /// # Errors
+    /// What the client is told, and who decided.
+    pub fn judge_request(
+        &self,
+        connection: &ConnectionFacts,
+        request: &RequestFacts<'_>,
+    ) -> Result<RequestPermit, RequestDenial> {
+        self.compiled.judge_request(connection, request)
+    }
+
+    /// Why [`Snapshot::admit`] and, with a request, [`Snapshot::judge_request`] answer as they do. The rules alone are asked:
+    /// while [`Snapshot::unreadable`] is something, everything is denied all the same.
+    pub fn explain(&self, connection: &ConnectionFacts, request: Option<&RequestFacts<'_>>) -> Explanation {
+        self.compiled.explain(connection, request)
+    }
+
+    /// How a client of this namespace speaks to the port of a service, as the DestinationRules have it (policy C).
+    pub fn client_setting(
+        &self,
+        service: &ObjectName,
+        port: u16,
+        client_namespace: &str,
+    ) -> ClientSetting<'_> {
+        self.compiled.client_setting(service, port, client_namespace, &self.mesh)
+    }
+
     /// What became of each policy object.
     pub fn statuses(&self) -> &[ObjectStatus] {
         self.compiled.statuses()
@@ -206,6 +251,16 @@ impl Snapshot {
             None => Route::Refused(RouteRefusal::SecureNamingEmpty(destination.name.clone())),
         }
     }
+}
+
+/// Who may answer for a service with these endpoints (policy D).
+pub(crate) fn identities_of<'w>(
+    endpoints: impl Iterator<Item = &'w Workload>,
+    service: &Service,
+    mesh: &Mesh,
+) -> Arc<BTreeSet<SpiffeId>> {
+    let (named, _) = naming::of_annotations(service, mesh);
+    naming::answering(endpoints, named, mesh)
 }
 
 /// What the store gives.

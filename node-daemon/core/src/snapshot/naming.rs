@@ -68,6 +68,16 @@ pub(super) fn allowed(
     Arc::new(set)
 }
 
+/// Who may answer for endpoints that these workloads are, and these identities beside them (policy D-2).
+pub(super) fn answering<'w>(
+    endpoints: impl Iterator<Item = &'w Workload>,
+    named: Vec<SpiffeId>,
+    mesh: &Mesh,
+) -> Arc<BTreeSet<SpiffeId>> {
+    let identities = endpoints.filter_map(|workload| of_workload(workload).ok());
+    allowed(identities.chain(named).collect::<Vec<_>>(), mesh)
+}
+
 /// [1.0] put the scheme in front, [1.4] takes the entry as written: both spellings are read.
 fn identity(entry: &str, annotation: &'static str) -> Result<SpiffeId, Unusable> {
     let entry = entry.trim();

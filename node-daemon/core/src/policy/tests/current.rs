@@ -215,8 +215,6 @@ fn request_attributes_never_grant_and_drop_out_of_denials() {
     for rule in [
         "{from: [{source: {requestPrincipals: [\"*\"]}}]}",
         "{from: [{source: {notRequestPrincipals: [\"*\"]}}]}",
-        "{from: [{source: {remoteIpBlocks: [10.0.0.0/8]}}]}",
-        "{from: [{source: {not_remote_ip_blocks: [1.1.1.1]}}]}",
         "{from: [{source: {namespaces: [photo], requestPrincipals: [x]}}]}",
         "{to: [{operation: {methods: [GET]}}]}",
         "{to: [{operation: {notMethods: [GET]}}]}",
@@ -229,7 +227,6 @@ fn request_attributes_never_grant_and_drop_out_of_denials() {
         "{when: [{key: request.auth.principal, values: [x]}]}",
         "{when: [{key: request.auth.audiences, values: [x]}]}",
         "{when: [{key: request.auth.presenter, notValues: [x]}]}",
-        "{when: [{key: remote.ip, values: [10.0.0.0/8]}]}",
     ] {
         closed(rule, FRONTEND);
     }
@@ -354,11 +351,13 @@ fn the_older_version_of_the_api_reads_the_same() {
 }
 
 #[test]
-fn objects_that_layer_4_does_not_enforce_open_and_close_nothing() {
+fn what_layer_4_cannot_check_closes_http_ports_and_no_others() {
+    // policy F-2, A-3
     let jwt = "RequestAuthentication photo/r: {selector: {matchLabels: {app: backend}}, jwtRules: [{issuer: a, jwksUri: \"https://a.test\"}]}";
-    check(jwt, FRONTEND, "allow");
+    check(jwt, FRONTEND, "deny policy_unusable RequestAuthentication/photo/r");
+    check(jwt, "photo/frontend tunnel > photo/backend:9000", "allow");
     let needs = "AuthorizationPolicy photo/a: {rules: [{from: [{source: {requestPrincipals: [\"*\"]}}]}]}";
-    check(&format!("{jwt}\n{needs}"), FRONTEND, NO);
+    check(needs, FRONTEND, NO);
     check(
         "DestinationRule photo/d: {host: backend, trafficPolicy: {tls: {mode: DISABLE}}}",
         FRONTEND,

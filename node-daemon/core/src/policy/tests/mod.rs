@@ -4,6 +4,7 @@ mod authn;
 mod current;
 mod rbac;
 mod refused;
+mod requests;
 mod status;
 mod verbatim;
 

@@ -408,6 +408,8 @@ fn a_refused_object_denies_what_it_targets() {
         ),
         ("Surprise@security.istio.io/v1 photo/a: {}", [NO, NO, NO, "allow"]),
         ("AuthorizationPolicy@rbac.istio.io/v1alpha1 photo/a: {}", [NO, NO, NO, "allow"]),
+        // Only HTTP ports have tokens.
+        ("RequestAuthentication photo/r: {jwtRules: [{}]}", [NO, "allow", NO, "allow"]),
         // The switch of RBAC: the whole mesh.
         ("ClusterRbacConfig default: {mode: x}", [NO, NO, NO, NO]),
         ("ClusterRbacConfig other: {mode: ON}", [NO, NO, NO, NO]),
@@ -417,7 +419,6 @@ fn a_refused_object_denies_what_it_targets() {
         ("ServiceRole photo/r: {}", ["allow"; 4]),
         ("ServiceRoleBinding photo/b: {}", ["allow"; 4]),
         ("DestinationRule photo/d: {}", ["allow"; 4]),
-        ("RequestAuthentication photo/r: {jwtRules: [{}]}", ["allow"; 4]),
         ("AuthorizationPolicy photo/p: {action: AUDIT, rules: [{x: 1}]}", ["allow"; 4]),
         ("AuthorizationPolicy photo/p!dry-run: {action: DENY, rules: [{x: 1}]}", ["allow"; 4]),
         ("AuthorizationPolicy photo/p: {targetRefs: [{kind: Gateway, name: g}], action: DENY}", ["allow"; 4]),

@@ -1,0 +1,129 @@
+//! One case: its question asked, its answer compared.
+
+use serde_json::{Map, Value};
+
+use super::{
+    Mint, authenticate, authorize, client,
+    compare::differences,
+    connect,
+    fields::InvalidCases,
+    file::{Case, CaseFile, CheckKind, Policies},
+    report::Outcome,
+    validate, world,
+};
+use crate::policy::Verdict;
+
+/// Every key that a request may have.
+pub(super) const KEYS: [&str; 51] = [
+    "allowed",
+    "auto_mtls",
+    "client",
+    "client.identity",
+    "client.kind",
+    "client.namespace",
+    "client.proxied",
+    "client.workload",
+    "connection.sni",
+    "connection.tls",
+    "default_sni",
+    "destination.ip",
+    "destination.labels",
+    "destination.namespace",
+    "destination.port",
+    "destination.service",
+    "destination.service_port",
+    "destination.service_port_name",
+    "destination.user",
+    "dr",
+    "dr_tls",
+    "endpoint_labels",
+    "jwks.fetch",
+    "jwks.no_alg",
+    "jwks.no_kid",
+    "jwt",
+    "mesh_external",
+    "metadata",
+    "object",
+    "oidc.discovery",
+    "pods",
+    "port",
+    "protocol",
+    "request.auth.audiences",
+    "request.auth.claims",
+    "request.auth.presenter",
+    "request.auth.principal",
+    "request.headers",
+    "request.host",
+    "request.method",
+    "request.path",
+    "server_mode",
+    "server_san",
+    "service",
+    "service_identities",
+    "source.ip",
+    "source.namespace",
+    "source.principal",
+    "subset",
+    "trust_domain",
+    "value",
+];
+
+/// A case with all that answers it.
+pub(super) struct Check<'c> {
+    pub(super) file: &'c CaseFile,
+    pub(super) case: &'c Case,
+    pub(super) policies: &'c Policies,
+    pub(super) mint: &'c dyn Mint,
+    pub(super) now: u64,
+}
+
+/// What a check found out.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub(super) got: Map<String, Value>,
+    pub(super) policy: Option<String>,
+    pub(super) rule: Option<String>,
+    pub(super) reason: Option<String>,
+    /// Another word for the verdict that a case may use.
+    pub(super) also: Option<&'static str>,
+}
+
+impl Found {
+    pub(super) fn set(&mut self, key: &str, value: impl Into<Value>) {
+        self.got.insert(key.to_owned(), value.into());
+    }
+
+    pub(super) fn decided(&mut self, verdict: &Verdict, reason: Option<String>) {
+        self.policy = verdict.policy.as_deref().map(str::to_owned);
+        self.rule = verdict.rule.as_deref().map(str::to_owned);
+        self.reason = reason;
+        if let Some(shadow) = &verdict.shadow {
+            self.set("shadow", if shadow.allowed { "ALLOW" } else { "DENY" });
+        }
+    }
+}
+
+impl Check<'_> {
+    pub(super) fn run(&self) -> Result<Outcome, InvalidCases> {
+        let found = match self.case.check {
+            CheckKind::Authorize => authorize::authorize(self),
+            CheckKind::Authenticate => authenticate::authenticate(self),
+            CheckKind::Connect => connect::connect(self),
+            CheckKind::Select => world::select(self),
+            CheckKind::Validate => validate::validate(self),
+            CheckKind::SecureNaming => client::secure_naming(self),
+            CheckKind::ClientTls => client::client_tls(self),
+        }?;
+        let mut differences = differences(self.case.expect.entries(), &found.got);
+        differences.retain(|each| each.key != "verdict" || each.expected.as_str() != found.also);
+        Ok(Outcome {
+            name: self.case.name.clone(),
+            pass: differences.is_empty(),
+            got: found.got,
+            policy: found.policy,
+            rule: found.rule,
+            reason: found.reason,
+            differences,
+        })
+    }
+}

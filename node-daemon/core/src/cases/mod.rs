@@ -1,0 +1,65 @@
+//! `culvert policy test`: cases that operators keep beside their policies, run through the evaluator that enforces.
+//!
+//! Takes a file of cases as one JSON value, a [`Library`] that reads policies and a [`Mint`] that makes tokens; gives a
+//! [`Report`]. Nothing here decides about a request: a case becomes an inventory, the policies go through the decoder of
+//! files and API server, and [`crate::policy`] answers.
+
+mod authenticate;
+mod authorize;
+mod check;
+mod client;
+mod compare;
+mod connect;
+mod fields;
+mod file;
+mod report;
+#[cfg(test)]
+mod tests;
+mod token;
+mod validate;
+mod world;
+
+use serde_json::Value;
+
+use self::{check::Check, file::CaseFile};
+pub use self::{
+    fields::InvalidCases,
+    report::{Outcome, Report},
+    token::Mint,
+};
+
+/// Reads what a file of cases refers to.
+pub trait Library {
+    /// The documents of a text.
+    ///
+    /// # Errors
+    /// Why it is no YAML, with the line.
+    fn parse(&self, text: &str) -> Result<Vec<Value>, String>;
+
+    /// The documents of a file, or of all files of a folder, relative to the file of cases: each with its file's name.
+    ///
+    /// # Errors
+    /// Why it cannot be read.
+    fn load(&self, path: &str) -> Result<Vec<(String, Vec<Value>)>, String>;
+}
+
+/// Runs the cases whose name `is_wanted`. `now` is in seconds since 1970.
+///
+/// # Errors
+/// Where the file cannot be used as it stands: nothing was run then.
+pub fn run(
+    file: &Value,
+    library: &dyn Library,
+    mint: &dyn Mint,
+    now: u64,
+    is_wanted: &dyn Fn(&str) -> bool,
+) -> Result<Report, InvalidCases> {
+    let file = CaseFile::read(file, library)?;
+    let mut cases = Vec::new();
+    for case in file.cases.iter().filter(|case| is_wanted(&case.name)) {
+        let policies = file.policies(case, library)?;
+        let check = Check { file: &file, case, policies: &policies, mint, now };
+        cases.push(check.run()?);
+    }
+    Ok(Report { cases })
+}
