@@ -200,7 +200,10 @@ async fn requests_of_one_connection_are_judged_one_by_one() {
     }
     assert_eq!(world.b.ground.dials(at(BACKEND, 8080)), 1, "one connection to the workload");
     world.b.until_counted(&["istio_requests_total", "response_code=\"200\"", "sa/frontend", " 3"]).await;
-    world.b.until_counted(&["istio_requests_total", "response_code=\"403\"", "mutual_tls", " 6"]).await;
+    world
+        .b
+        .until_counted(&["istio_requests_total", "response_code=\"403\"", "request_protocol=\"http\"", " 6"])
+        .await;
     world.b.until_counted(&["culvert_denials_total", "no_rule_allows", " 6"]).await;
 }
 
@@ -405,7 +408,10 @@ async fn calls_of_grpc_pass_with_their_trailers_and_are_denied_by_trailers() {
         assert_eq!(answer.into_body().collect().await.expect("whole").to_bytes(), "RBAC: access denied");
     }
     assert_eq!(world.b.ground.dials(at(BACKEND, 8080)), 1);
-    world.b.until_counted(&["istio_requests_total", "response_code=\"200\"", "http/2", " 6"]).await;
+    world
+        .b
+        .until_counted(&["istio_requests_total", "response_code=\"200\"", "request_protocol=\"grpc\"", " 6"])
+        .await;
 }
 
 #[tokio::test]
