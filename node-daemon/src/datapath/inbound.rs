@@ -233,8 +233,6 @@ pub(super) async fn serve_tunnel(shared: &Arc<Shared>, site: &Arc<Site>, accepte
     }
 }
 
-type Tunnel = tunnel::ServerTunnel<tokio_rustls::server::TlsStream<TcpStream>>;
-
 async fn open_tunnel(
     shared: &Shared,
     site: &Site,
@@ -242,7 +240,7 @@ async fn open_tunnel(
     client: SocketAddr,
     target: SocketAddr,
     record: &mut Record,
-) -> Result<(Tunnel, Tunnelled), Ending> {
+) -> Result<(tunnel::TlsTunnel, Tunnelled), Ending> {
     let snapshot = shared.snapshot();
     record.judged_by(snapshot.number());
     record.learn(|ends| ends.source = known_end(&snapshot, client));
@@ -268,7 +266,7 @@ async fn open_tunnel(
 async fn serve_streams(
     shared: &Arc<Shared>,
     site: &Arc<Site>,
-    mut tunnel: Tunnel,
+    mut tunnel: tunnel::TlsTunnel,
     tunnelled: Arc<Tunnelled>,
     _place: Place,
 ) {

@@ -184,6 +184,9 @@ pub(super) struct ServerTunnel<I> {
     connection: h2::server::Connection<I, Bytes>,
 }
 
+/// What arrives at a workload's tunnel port, once its client is verified.
+pub(super) type TlsTunnel = ServerTunnel<TlsStream<TcpStream>>;
+
 /// One CONNECT that waits for its answer.
 pub(super) struct Asked {
     request: Request<RecvStream>,
