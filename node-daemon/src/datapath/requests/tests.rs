@@ -462,7 +462,6 @@ async fn a_request_with_two_readings_is_refused_with_its_connection() {
         "GET /public\0 HTTP/1.1\r\nHost: a\r\n\r\n".to_owned(),
         "GET /pub lic HTTP/1.1\r\nHost: a\r\n\r\n".to_owned(),
         "GET /public HTTP/3.0\r\nHost: a\r\n\r\n".to_owned(),
-        "\x16\x03\x01\x02\x00\x01\x00\x01\x7c\x03\r\n\r\n".to_owned(),
         with(&"X: y\r\n".repeat(super::HEADERS_MAX)),
         with(&format!("X: {}", "y".repeat(super::HEAD_BYTES_MAX))),
     ] {
