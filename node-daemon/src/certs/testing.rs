@@ -174,3 +174,16 @@ fn moment(from_now: i64) -> time::OffsetDateTime {
     let now = SystemTime::now();
     if from_now < 0 { (now - distance).into() } else { (now + distance).into() }
 }
+
+/// A server of one certificate that is no workload's.
+pub(crate) fn acceptor(own: &rcgen::CertifiedKey<KeyPair>) -> tokio_rustls::TlsAcceptor {
+    let key = rustls::pki_types::PrivateKeyDer::try_from(own.signing_key.serialize_der()).expect("a key");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(vec![own.cert.der().clone()], key)
+        .expect("a pair");
+    tokio_rustls::TlsAcceptor::from(Arc::new(config))
+}

@@ -68,19 +68,23 @@ pub(super) fn is_signed_by(key: &Key, algorithm: Algorithm, signed: &[u8], signa
     public.is_some_and(|public| public.verify_sig(signed, signature).is_ok())
 }
 
+/// `None` also for an algorithm that is not one of this kind of key.
 fn public(algorithm: Algorithm, material: &KeyMaterial) -> Option<ParsedPublicKey> {
-    match material {
-        KeyMaterial::Rsa { modulus, exponent } => {
-            let parameters = match algorithm {
-                Algorithm::Rs256 => &RSA_PKCS1_2048_8192_SHA256,
-                Algorithm::Rs384 => &RSA_PKCS1_2048_8192_SHA384,
-                Algorithm::Rs512 => &RSA_PKCS1_2048_8192_SHA512,
-                Algorithm::Es256 | Algorithm::Es384 => return None,
-            };
-            RsaPublicKeyComponents { n: modulus, e: exponent }.to_parsed_public_key(parameters).ok()
+    let rsa = |parameters| {
+        let KeyMaterial::Rsa { modulus, exponent } = material else { return None };
+        RsaPublicKeyComponents { n: modulus, e: exponent }.to_parsed_public_key(parameters).ok()
+    };
+    match (algorithm, material) {
+        (Algorithm::Rs256, _) => rsa(&RSA_PKCS1_2048_8192_SHA256),
+        (Algorithm::Rs384, _) => rsa(&RSA_PKCS1_2048_8192_SHA384),
+        (Algorithm::Rs512, _) => rsa(&RSA_PKCS1_2048_8192_SHA512),
+        (Algorithm::Es256, KeyMaterial::P256 { x, y }) => {
+            ParsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, point(x, y, 32)?).ok()
         }
-        KeyMaterial::P256 { x, y } => ParsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, point(x, y, 32)?).ok(),
-        KeyMaterial::P384 { x, y } => ParsedPublicKey::new(&ECDSA_P384_SHA384_FIXED, point(x, y, 48)?).ok(),
+        (Algorithm::Es384, KeyMaterial::P384 { x, y }) => {
+            ParsedPublicKey::new(&ECDSA_P384_SHA384_FIXED, point(x, y, 48)?).ok()
+        }
+        (Algorithm::Es256 | Algorithm::Es384, _) => None,
     }
 }
 

@@ -81,6 +81,7 @@ pub struct Store {
     fetcher: Arc<Fetcher>,
     started: Instant,
     events: Sink,
+    own: Weak<Self>,
 }
 
 /// One key set.
@@ -102,12 +103,14 @@ impl Store {
     /// # Errors
     /// The configured file of roots cannot be used.
     pub fn start(config: KeysConfig, events: Sink) -> Result<Arc<Self>, RootsError> {
-        Ok(Arc::new(Self {
+        let fetcher = Arc::new(Fetcher::new(config)?);
+        Ok(Arc::new_cyclic(|own| Self {
             entries: ArcSwap::default(),
             writing: Mutex::new(()),
-            fetcher: Arc::new(Fetcher::new(config)?),
+            fetcher,
             started: Instant::now(),
             events,
+            own: Weak::clone(own),
         }))
     }
 
@@ -183,9 +186,22 @@ impl Store {
         if let KeySource::Inline(text) = source {
             entry.take(Keys::parse(text).ok());
         } else {
-            tokio::spawn(keep(Arc::downgrade(&entry), source.clone(), Arc::clone(&self.fetcher)));
+            let (store, kept) = (Weak::clone(&self.own), Arc::downgrade(&entry));
+            tokio::spawn(keep(store, kept, source.clone(), Arc::clone(&self.fetcher)));
         }
         entry
+    }
+
+    /// Drops a set that nobody asked for in a long time. True if it did.
+    fn drops(&self, source: &KeySource, entry: &Entry) -> bool {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.seconds().saturating_sub(entry.used.load(Ordering::Relaxed)) < UNUSED_SECONDS_MAX {
+            return false;
+        }
+        let mut entries = BTreeMap::clone(&self.entries.load());
+        entries.remove(source);
+        self.entries.store(Arc::new(entries));
+        true
     }
 
     fn seconds(&self) -> u64 {
@@ -215,12 +231,15 @@ impl Entry {
 }
 
 /// Fetches one set for as long as it is kept.
-async fn keep(entry: Weak<Entry>, source: KeySource, fetcher: Arc<Fetcher>) {
+async fn keep(store: Weak<Store>, entry: Weak<Entry>, source: KeySource, fetcher: Arc<Fetcher>) {
     let mut retry = Duration::from_secs(RETRY_SECONDS_MIN);
     let mut discovered = None;
     loop {
         let fetched = fetcher.keys(&source, &mut discovered).await;
         let Some(kept) = entry.upgrade() else { return };
+        if store.upgrade().is_none_or(|store| store.drops(&source, &kept)) {
+            return;
+        }
         let pause = match fetched {
             Ok(keys) => {
                 kept.take(Some(keys));

@@ -12,11 +12,12 @@ use aws_lc_rs::{
     rand::SystemRandom,
     signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _},
 };
+use futures_util::FutureExt as _;
 use node_core::policy::tokens::encode_base64url;
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpListener,
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
 };
 
 /// One key of an issuer.
@@ -70,28 +71,33 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) async fn start(mode: Mode) -> Self {
+        Self::serve(mode, |stream| async { Some(stream) }).await
+    }
+
+    /// The same over TLS, with this certificate.
+    pub(crate) async fn start_tls(mode: Mode, own: &rcgen::CertifiedKey<rcgen::KeyPair>) -> Self {
+        let acceptor = crate::certs::testing::acceptor(own);
+        Self::serve(mode, move |stream| acceptor.accept(stream).map(Result::ok)).await
+    }
+
+    async fn serve<S, F>(mode: Mode, secure: impl Fn(TcpStream) -> F + Send + 'static) -> Self
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        F: Future<Output = Option<S>> + Send + 'static,
+    {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("bound");
         let (mode, asked) = (Arc::new(Mutex::new(mode)), Arc::new(AtomicUsize::new(0)));
         let (current, count) = (Arc::clone(&mode), Arc::clone(&asked));
         tokio::spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
+            while let Ok((stream, _)) = listener.accept().await {
                 count.fetch_add(1, Ordering::SeqCst);
                 let mode = current.lock().expect("no panic").clone();
+                let secured = secure(stream);
                 tokio::spawn(async move {
-                    let mut request = Vec::new();
-                    while !request.ends_with(b"\r\n\r\n")
-                        && stream.read_buf(&mut request).await.unwrap_or(0) > 0
-                    {}
-                    let answer = match mode {
-                        Mode::Text(text) => {
-                            format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{text}", text.len())
-                        }
-                        Mode::Raw(text) => text,
-                        Mode::Silent => std::future::pending().await,
-                    };
-                    // A client that has heard enough closes early.
-                    let _ = stream.write_all(answer.as_bytes()).await;
+                    if let Some(stream) = secured.await {
+                        answer(stream, mode).await;
+                    }
                 });
             }
         });
@@ -109,4 +115,17 @@ impl Server {
     pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
+}
+
+async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, mode: Mode) {
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") && stream.read_buf(&mut request).await.unwrap_or(0) > 0 {}
+    let answer = match mode {
+        Mode::Text(text) => format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{text}", text.len()),
+        Mode::Raw(text) => text,
+        Mode::Silent => std::future::pending().await,
+    };
+    // A client that has heard enough closes early.
+    let _ = stream.write_all(answer.as_bytes()).await;
+    let _ = stream.shutdown().await;
 }

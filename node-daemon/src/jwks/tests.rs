@@ -5,7 +5,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::{
-    KeysConfig, REFRESH_SECONDS, SOURCES_MAX, Store, WAIT_SECONDS_MAX,
+    KeysConfig, REFRESH_SECONDS, SOURCES_MAX, Store, UNUSED_SECONDS_MAX, WAIT_SECONDS_MAX,
     fetch::ANSWER_BYTES_MAX,
     testing::{Mode, Server, Signer, key_set},
 };
@@ -202,6 +202,46 @@ async fn a_set_goes_on_while_its_refreshes_fail() {
         verified(&store, &source, &token, "a").await,
         Err(TokenFault::Signature),
         "a good one replaces it"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_set_that_nobody_asks_for_is_dropped_and_fetched_no_more() {
+    //
+    let signer = Signer::new("a");
+    let server = Server::start(Mode::Text(key_set(&[&signer]))).await;
+    let (store, source) = (store(listed()), at(server.url("/")));
+    assert_eq!(verified(&store, &source, &signer.token(&json!({})), "a").await, Ok(()));
+    sleep(Duration::from_secs(UNUSED_SECONDS_MAX + 2 * REFRESH_SECONDS)).await;
+    assert!(store.entries.load().is_empty());
+    let asked = server.asked();
+    sleep(Duration::from_secs(3 * REFRESH_SECONDS)).await;
+    assert_eq!(server.asked(), asked);
+    assert_eq!(verified(&store, &source, &signer.token(&json!({})), "a").await, Ok(()));
+}
+
+#[tokio::test]
+async fn over_tls_only_a_server_that_the_roots_vouch_for_is_believed() {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    let path = std::env::temp_dir().join(format!("culvert-roots-{}.pem", std::process::id()));
+    std::fs::write(&path, made.cert.pem()).expect("a file");
+    let signer = Signer::new("a");
+    let token = signer.token(&json!({}));
+    let server = Server::start_tls(Mode::Text(key_set(&[&signer])), &made).await;
+    let port = server.address.port();
+    let config = |roots| KeysConfig { allow: listed().allow, roots, ..KeysConfig::default() };
+    let rooted = || config(Some(path.clone()));
+    let by_name = at(format!("https://localhost:{port}/"));
+    assert_eq!(verified(&store(rooted()), &by_name, &token, "a").await, Ok(()));
+    let by_address = at(format!("https://127.0.0.1:{port}/"));
+    for (config, source) in [(rooted(), &by_address), (config(None), &by_name)] {
+        assert_eq!(verified(&store(config), source, &token, "a").await, Err(TokenFault::KeysUnavailable));
+    }
+    std::fs::write(&path, "no certificate").expect("a file");
+    assert!(Store::start(rooted(), Sink::new()).is_err_and(|error| error.to_string().contains("no usable")));
+    std::fs::remove_file(&path).expect("a file");
+    assert!(
+        Store::start(rooted(), Sink::new()).is_err_and(|error| error.to_string().contains("cannot be read"))
     );
 }
 

@@ -94,7 +94,7 @@ struct RequestLabels {
 #[derive(Debug)]
 pub struct RequestCounts {
     labels: ConnectionLabels,
-    by_status: Mutex<Vec<(u16, Counter)>>,
+    by_status: Mutex<Vec<(u16, &'static str, Counter)>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -240,16 +240,20 @@ impl Metrics {
         }
         let counts = &record.counts;
         let mut by_status = counts.by_status.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, counter)) = by_status.iter().find(|(status, _)| *status == record.status) {
+        // As in Istio, whichever the version.
+        let protocol = if record.protocol == "grpc" { "grpc" } else { "http" };
+        let is_same = |known: &&(u16, &str, Counter)| known.0 == record.status && known.1 == protocol;
+        if let Some((_, _, counter)) = by_status.iter().find(is_same) {
             counter.inc();
             return None;
         }
-        let labels = RequestLabels { connection: counts.labels.clone(), response_code: record.status.into() };
+        let connection = ConnectionLabels { request_protocol: protocol, ..counts.labels.clone() };
+        let labels = RequestLabels { connection, response_code: record.status.into() };
         let other = |labels: RequestLabels| RequestLabels { connection: labels.connection.other(), ..labels };
         let (labels, limit) = self.requests.admit(labels, other);
         let counter = self.requests.family.get_or_create(&labels).clone();
         counter.inc();
-        by_status.push((record.status, counter));
+        by_status.push((record.status, protocol, counter));
         limit
     }
 
@@ -314,9 +318,8 @@ where
 }
 
 impl RequestCounts {
-    pub fn new(ends: &Ends, protocol: &'static str) -> Self {
-        let labels = ConnectionLabels { request_protocol: protocol, ..ConnectionLabels::of(ends) };
-        Self { labels, by_status: Mutex::default() }
+    pub fn new(ends: &Ends) -> Self {
+        Self { labels: ConnectionLabels::of(ends), by_status: Mutex::default() }
     }
 }
 

@@ -11,8 +11,8 @@ use serde_json::Value;
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    ConnectionRecord, Direction, Endpoint, Ends, Event, HandshakeRefusal, Path, Reason, RouteReason, Sink,
-    Tls, Verdict,
+    ConnectionRecord, Direction, Endpoint, Ends, Event, HandshakeRefusal, Path, Reason, RequestCounts,
+    RequestRecord, RouteReason, Shadow, Sink, Tls, Verdict,
     log::{self, Lines, LogFormat},
     metrics::{LABEL_SETS_MAX, OTHER},
 };
@@ -288,6 +288,64 @@ fn an_access_line_nests_both_ends_and_the_tls_parameters() {
     assert_eq!(line["snapshot"], 3);
     assert_eq!(line["connection"], 7);
     assert!(line["time"].as_str().unwrap().ends_with('Z'));
+}
+
+#[test]
+fn a_request_is_one_line_without_its_query_and_counts_by_its_status() {
+    let ends = Arc::new(ends());
+    let counts = Arc::new(RequestCounts::new(&ends));
+    let request = |status, verdict, reason| {
+        Event::RequestEnded(Box::new(RequestRecord {
+            ends: Arc::clone(&ends),
+            counts: Arc::clone(&counts),
+            protocol: "http/1.1",
+            method: http::Method::GET,
+            path: Some("/photos/1?access_token=secret".parse().unwrap()),
+            status,
+            verdict,
+            policy: Some("AuthorizationPolicy/datastore/db".into()),
+            rule: None,
+            reason,
+            detail: None,
+            shadow: Some(Shadow {
+                verdict: Verdict::Denied,
+                policy: Some("ServiceRole/a/b".into()),
+                rule: None,
+            }),
+            audit: None,
+            duration: Duration::from_millis(1),
+            snapshot: 3,
+        }))
+    };
+    let sink = Sink::new();
+    let denied = Some(Reason::Policy(DenialReason::NoRuleAllows));
+    let lines = lines(LogFormat::Json, || {
+        sink.emit(&request(200, Verdict::Allowed, None));
+        sink.emit(&request(200, Verdict::Allowed, None));
+        sink.emit(&request(403, Verdict::Denied, denied));
+    });
+    assert_eq!(lines.len(), 3);
+    assert!(!lines.concat().contains("secret"));
+    let line: Value = serde_json::from_str(&lines[2]).unwrap();
+    assert_eq!(line["target"], "access");
+    assert_eq!(line["method"], "GET");
+    assert_eq!(line["request_path"], "/photos/1");
+    assert_eq!(line["status"], 403);
+    assert_eq!(line["verdict"], "denied");
+    assert_eq!(line["reason"], "no_rule_allows");
+    assert_eq!(line["shadow"]["verdict"], "denied");
+    assert_eq!(line["source"]["workload"], "web-0");
+    let text = sink.metrics().text().unwrap();
+    for pieces in [
+        ["istio_requests_total", "response_code=\"200\"", "} 2"],
+        ["istio_requests_total", "response_code=\"403\"", "} 1"],
+        ["culvert_denials_total", "no_rule_allows", "} 1"],
+    ] {
+        assert!(
+            text.lines().any(|line| pieces.iter().all(|piece| line.contains(piece))),
+            "{pieces:?}\n{text}"
+        );
+    }
 }
 
 #[test]

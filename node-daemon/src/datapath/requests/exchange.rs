@@ -7,7 +7,7 @@ use std::{
 };
 
 use http::{Method, StatusCode, uri::PathAndQuery};
-use node_core::policy::{RequestDenial, RequestPermit, Verdict as Deciding};
+use node_core::policy::{Denial, RequestDenial, RequestPermit, Verdict as Deciding};
 
 use super::flights::{Airborne, Waiter};
 use crate::telemetry::{Ends, Event, Reason, RequestCounts, RequestRecord, Shadow, Sink, Verdict};
@@ -86,6 +86,12 @@ impl Exchange {
             Some(Reason::Policy(denial.reason)),
             denial.token_fault.map(|fault| fault.label()),
         );
+    }
+
+    /// Its connection may not be here any more.
+    pub(super) fn turned_away(&mut self, denial: Denial, status: StatusCode) {
+        self.deciding = denial.verdict;
+        self.answered(status, Verdict::Denied, Some(Reason::Policy(denial.reason)), None);
     }
 
     /// With a text of ours, or with an answer of the workload's that has no body.

@@ -114,7 +114,12 @@ pub(super) async fn serve<C: Side + Send + 'static>(
     stream.arm();
     let first = tokio::select! {
         biased;
-        cut = registration.cut() => return cut.into(),
+        cut = registration.cut() => {
+            if matches!(cut, Cut::Rejudged) {
+                stream.settle();
+            }
+            return cut.into();
+        }
         () = site.closing().cancelled() => return drained(&stream),
         first = first_bytes(&mut stream) => first,
     };
@@ -127,11 +132,10 @@ pub(super) async fn serve<C: Side + Send + 'static>(
         Err(ending) => return ending,
     };
     let signals = Arc::new(Signals::default());
-    let protocol = if is_http2 { "http/2" } else { "http/1.1" };
     let telling = Telling {
         events: shared.events.clone(),
         ends: record.ends(),
-        counts: Arc::new(RequestCounts::new(&record.ends(), protocol)),
+        counts: Arc::new(RequestCounts::new(&record.ends())),
     };
     let client = Arc::new(Client {
         shared: Arc::clone(shared),

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::body::{Body as _, Incoming};
 use node_core::{
-    policy::{Admission, Answer, DENIED_BODY, RequestDenial, RequestPermit, tokens::Tokens},
+    policy::{Answer, DENIED_BODY, RequestDenial, RequestPermit, tokens::Tokens},
     snapshot::Snapshot,
 };
 
@@ -76,10 +76,10 @@ async fn judged(
     exchange.judged_by(snapshot.number());
     // Nothing is judged by a snapshot that would not let the connection in.
     let connection = client.flights.connection();
-    let Ok(Admission::Requests | Admission::Stream(_)) = snapshot.admit(connection) else {
-        exchange.answered(StatusCode::FORBIDDEN, Verdict::Denied, None, None);
+    if let Err(denial) = snapshot.admit(connection) {
+        exchange.turned_away(denial, StatusCode::FORBIDDEN);
         return closing(text(StatusCode::FORBIDDEN, DENIED_BODY));
-    };
+    }
     let tokens = tokens(client, &snapshot, &asked).await;
     let permit = match asked.judge(connection, &snapshot, &tokens) {
         Ok(permit) => permit,
