@@ -211,21 +211,41 @@ fn modern(photo: &Photo, cases: &mut Cases) {
     }
 }
 
-/// B-10: what speaks of HTTP cannot be judged on layer 4, so it grants nothing and a DENY denies more.
+/// B-10: what speaks of HTTP cannot be judged on a port that speaks something else, so it grants nothing there and a DENY
+/// denies more. On a port that speaks HTTP each request is judged.
 fn http_only(photo: &Photo, cases: &mut Cases) {
     let role = BACKEND_ONLY_2018
         .replace("rules: [{services: [\"*\"]}]", "rules: [{services: [\"*\"], methods: [\"GET\"]}]");
     cases.case("a role with methods grants nothing on layer 4 (B-10)", || {
         assert_ne!(role, BACKEND_ONLY_2018);
-        with(photo, &role, || expect(photo, &photo.backend, HTTP, Err("no_rule_allows")));
+        with(photo, &role, || expect(photo, &photo.backend, ECHO, Err("no_rule_allows")));
+    });
+    cases.case("a role with methods grants these methods on HTTP (B-4)", || {
+        with(photo, &role, || {
+            answered(photo, &photo.backend, "GET");
+            forbidden(photo, &photo.backend, "DELETE", "no_rule_allows");
+            forbidden(photo, &photo.frontend, "GET", "no_rule_allows");
+        });
     });
     let allow = authorization("p", "ALLOW", "[{to: [{operation: {methods: [\"GET\"]}}]}]");
     cases.case("an ALLOW rule with methods matches nothing on layer 4", || {
-        with(photo, &allow, || expect(photo, &photo.backend, HTTP, Err("no_rule_allows")));
+        with(photo, &allow, || expect(photo, &photo.backend, ECHO, Err("no_rule_allows")));
+    });
+    cases.case("an ALLOW rule with methods allows these methods on HTTP (F-3)", || {
+        with(photo, &allow, || {
+            answered(photo, &photo.frontend, "GET");
+            forbidden(photo, &photo.frontend, "POST", "no_rule_allows");
+        });
     });
     let deny = authorization("p", "DENY", "[{to: [{operation: {methods: [\"DELETE\"]}}]}]");
     cases.case("a DENY rule with methods denies more on layer 4", || {
-        with(photo, &deny, || expect(photo, &photo.backend, HTTP, Err("denied_by_rule")));
+        with(photo, &deny, || expect(photo, &photo.backend, ECHO, Err("denied_by_rule")));
+    });
+    cases.case("a DENY rule with methods denies these methods on HTTP (F-3)", || {
+        with(photo, &deny, || {
+            answered(photo, &photo.backend, "GET");
+            forbidden(photo, &photo.backend, "DELETE", "denied_by_rule");
+        });
     });
     cases.case("an HTTP-only rule shows as such in the status", || {
         with(photo, &allow, || {
@@ -233,6 +253,35 @@ fn http_only(photo: &Photo, cases: &mut Cases) {
             assert!(status.contains("methods"), "{status}");
         });
     });
+}
+
+/// One request of this method to the datastore's page.
+#[track_caller]
+fn request(photo: &Photo, client: &Pod, method: &str) -> Asked {
+    let to = Connect::to(photo.datastore.at(Family::V4, HTTP));
+    client.ask(to, &format!("{method} / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"))
+}
+
+#[track_caller]
+fn answered(photo: &Photo, client: &Pod, method: &str) {
+    let asked = request(photo, client, method);
+    assert!(asked.text.starts_with("HTTP/1.1 200 "), "{method} of {}: {asked:?}", client.name());
+    let (_, peer) = asked.text.split_once("datastore peer=").expect("the page says whom it saw");
+    assert!(peer.contains(&format!("{}]:", client.v4())), "the true client: {asked:?}");
+}
+
+/// B-12 on HTTP: 403 with its words, the reason in the request's line, and the application never saw it.
+#[track_caller]
+fn forbidden(photo: &Photo, client: &Pod, method: &str, reason: &str) {
+    let (log, before) = (photo.b.log(), photo.datastore.accepted(photo.listeners.http).len());
+    let from = log.position();
+    let asked = request(photo, client, method);
+    assert!(asked.text.starts_with("HTTP/1.1 403 "), "{method} of {}: {asked:?}", client.name());
+    assert!(asked.text.ends_with("\r\n\r\nRBAC: access denied"), "{asked:?}");
+    log.wait_from(from, "that the request was denied", LINE_TIME_MAX, |line| {
+        is(line, "method", method) && is(line, "reason", reason) && line["status"] == 403
+    });
+    assert_eq!(photo.datastore.accepted(photo.listeners.http).len(), before, "the application never saw it");
 }
 
 /// T-18, the plain half: an open connection ends when its permit does, another goes on.

@@ -198,6 +198,8 @@ async fn serve_http1<C: Side + Send + 'static>(
         .max_headers(HEADERS_MAX)
         .max_buf_size(BUFFER_BYTES_MAX)
         .auto_date_header(false)
+        // A client may end its own half once it has asked, and still read the answer.
+        .half_close(true)
         .serve_connection(wire, service)
         .with_upgrades();
     let mut connection = pin!(connection);

@@ -218,6 +218,19 @@ async fn a_request_that_is_denied_does_not_even_dial_the_workload() {
 }
 
 #[tokio::test]
+async fn a_client_that_ends_its_half_after_asking_is_answered() {
+    let mut world = World::new(usual());
+    serve_echo(&mut world);
+    for (path, status) in [("/public", 200), ("/private", 403)] {
+        let mut client = Raw::new(&world).await;
+        client.send(get(path)).await;
+        client.stream.shutdown().await.expect("open");
+        assert_eq!(client.answer().await.status, status, "{path}");
+        assert_eq!(client.more().await, 0, "{path}: an orderly end");
+    }
+}
+
+#[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
     let mut world = World::new(usual());
     serve_echo(&mut world);
