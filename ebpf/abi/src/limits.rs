@@ -38,7 +38,7 @@ pub const STATE_MAX: u32 = 8;
 /// Listeners of one namespace: one for each `SocketSlot`.
 pub const SOCKETS_MAX: u32 = 3;
 
-/// Bytes of a workload's key, "<namespace>_<name>": 63 for a namespace, 253 for a name, and the separator.
+/// Bytes of a workload's key, `<namespace>_<name>`: 63 for a namespace, 253 for a name, and the separator.
 pub const KEY_LEN_MAX: usize = 320;
 
 /// How long after its end a connection of a host workload is still attributed, in nanoseconds. The kernel keeps the port
