@@ -1,6 +1,6 @@
 //! The control flow: a folder of YAML documents -> [`Update`](node_core::store::Update)s -> store -> numbered snapshots.
 //!
-//! [`file`] reads and watches, [`publish`] applies and publishes, [`last_good`] remembers on disk what was in force.
+//! [`mod@file`] reads and watches, [`publish`] applies and publishes, [`last_good`] remembers on disk what was in force.
 //! Publishes and calls nobody: who listens to the snapshots is not its business.
 
 pub mod file;

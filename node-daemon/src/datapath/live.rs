@@ -1,7 +1,7 @@
 //! Open connections, and what became of their right to be open.
 //!
-//! Whoever opens one registers it with the number of the snapshot that it was judged by, then [confirms]
-//! (Registration::confirm) it against the current one, and only then lets the first byte through. A publish in between
+//! Whoever opens one registers it with the number of the snapshot that it was judged by, then
+//! [confirms](Registration::confirm) it against the current one, and only then lets the first byte through. A publish in between
 //! is seen by one of the two sides: by the confirmation if it came before, by [`Live::rejudge`] if after (T-18).
 
 use std::{

@@ -104,7 +104,7 @@ impl Default for MapSizes {
 /// A workload that is to be put under capture.
 #[derive(Debug)]
 pub struct EnrolTarget<'a> {
-    /// "<namespace>_<name>", at most [`ebpf_abi::limits::KEY_LEN_MAX`] bytes; the same for the same workload after a restart.
+    /// `<namespace>_<name>`, at most [`ebpf_abi::limits::KEY_LEN_MAX`] bytes; the same for the same workload after a restart.
     pub key: String,
     /// Its network namespace; borrowed only, so that a dead workload's namespace can go.
     pub netns: BorrowedFd<'a>,

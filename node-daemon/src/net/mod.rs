@@ -1,4 +1,4 @@
-//! Plain sockets inside workloads' namespaces: [`listen`], [`dial`], [`copy`].
+//! Plain sockets inside workloads' namespaces: [`listen`], [`mod@dial`], [`copy`].
 //!
 //! In: a namespace and addresses. Out: sockets, and bytes from one to the other. Knows nothing of identities, policy or TLS.
 

@@ -5,7 +5,7 @@
 //!             front ends, through one reader                    last good   by age   per port     Permit | Denial
 //! ```
 //!
-//! [`PolicyObjects`] keeps the last good version of each object and remembers refused ones; [`compile`] makes, from them
+//! [`PolicyObjects`] keeps the last good version of each object and remembers refused ones; [`compile()`] makes, from them
 //! and the [`Inventory`], one table for each port of each local workload; [`Compiled::authorise`] gives a [`Permit`] or a
 //! [`Denial`]. What cannot be enforced denies, and [`ObjectStatus`] says so. Knows no socket, no certificate and no clock.
 //!
