@@ -161,6 +161,10 @@ fn socket_of(context: &SockOpsContext) -> *mut bpf_sock {
 
 /// The connection from the view of the socket that opened it.
 #[inline(always)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "ports have 16 bits; the kernel keeps them in wider fields"
+)]
 fn tuple_of(context: &SockOpsContext) -> Tuple {
     let raw: *mut bpf_sock_ops = context.ops;
     let [source, target] = addresses_of(raw);

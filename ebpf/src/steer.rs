@@ -64,6 +64,10 @@ struct Arrival {
 
 impl Arrival {
     #[inline(always)]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "ports have 16 bits; the kernel keeps them in wider fields"
+    )]
     fn read(raw: *mut bpf_sk_lookup) -> Self {
         // All fields of both families, read before any branch: two branches that each end in a load are folded into one
         // load through a computed pointer.
