@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use world::expect::is;
-use world::pod::{FAMILIES, Family, Plan};
+use world::pod::{FAMILIES, Family, Plan, Pod};
 use world::protocol::{Command, Connect, Connected, FastOpen, Listen, Many, Mode, Payload};
 
 use crate::cases::{Cases, say};
@@ -190,7 +190,7 @@ fn captured(photo: &Photo, way: &Way, family: Family) {
     capture.stop().assert_no_plaintext();
 }
 
-/// `ss` would show the true addresses on both sides.
+/// The kernel's tables and `ss` show the true addresses on both sides.
 fn assert_listed(
     photo: &Photo,
     connection: &Connected,
@@ -206,6 +206,30 @@ fn assert_listed(
         socket.state == ESTABLISHED && canonical(socket.local) == local && canonical(socket.remote) == to
     });
     assert!(at_client, "no socket {local} -> {to} in the client's namespace");
+    for (pod, ends) in [(&photo.datastore, (to, peer)), (&photo.frontend, (local, to))] {
+        let shown = ss(pod);
+        assert!(shown.contains(&ends), "ss at {} does not show {ends:?}: {shown:?}", pod.name());
+    }
+}
+
+/// Local and remote address of each established connection, as the tool says them.
+fn ss(pod: &Pod) -> Vec<(std::net::SocketAddr, std::net::SocketAddr)> {
+    let mut command = pod.namespace().command(pod.cgroup(), std::path::Path::new("ss"));
+    let said = command.args(["-H", "-t", "-n", "state", "established"]).output().expect("ss (iproute2) runs");
+    assert!(said.status.success(), "ss: {}", String::from_utf8_lossy(&said.stderr));
+    let text = String::from_utf8_lossy(&said.stdout).into_owned();
+    let ends = |line: &str| {
+        let mut words = line.split_whitespace().skip(2).map(|word| address_of(word).map(canonical));
+        Some((words.next()??, words.next()??))
+    };
+    text.lines().filter_map(ends).collect()
+}
+
+/// `10.8.1.2%eth0:80` of a socket that is bound to a device is `10.8.1.2:80`.
+fn address_of(word: &str) -> Option<std::net::SocketAddr> {
+    let (ip, port) = word.rsplit_once(':')?;
+    let ip = ip.split('%').next()?.trim_matches(['[', ']']);
+    Some(std::net::SocketAddr::new(ip.parse().ok()?, port.parse().ok()?))
 }
 
 /// T-1: the record of the kernel counts, not the mark of the moment. What becomes of the connection is the
