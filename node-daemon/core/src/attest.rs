@@ -60,6 +60,8 @@ pub enum NotAttested {
     OtherNode { name: ObjectName, node: String },
     #[error("the client {client} is no address of workload {name}")]
     ForeignAddress { name: ObjectName, client: IpAddr },
+    #[error("nobody may speak as {0}: it is barred")]
+    Barred(SpiffeId),
 }
 
 impl NotAttested {
@@ -70,6 +72,7 @@ impl NotAttested {
             Self::NotEnrolled(_) => "source_not_enrolled",
             Self::OtherNode { .. } => "source_other_node",
             Self::ForeignAddress { .. } => "source_foreign_address",
+            Self::Barred(_) => "source_barred",
         }
     }
 }
@@ -112,6 +115,9 @@ fn vouch(
     }
     if !workload.enrolled {
         return Err(NotAttested::NotEnrolled(name()));
+    }
+    if snapshot.is_barred(&workload.identity) {
+        return Err(NotAttested::Barred(workload.identity.clone()));
     }
     let client = client.to_canonical();
     if !is_own(workload, client) {

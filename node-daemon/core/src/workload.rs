@@ -111,6 +111,41 @@ pub struct ServicePort {
     pub protocol: Protocol,
 }
 
+/// A host that no workload of the mesh is, known by its addresses: a `ServiceEntry`. Only clients of its own namespace are
+/// led by it, and by those of the root namespace all: a tenant must not redirect another's connections.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct External {
+    pub name: ObjectName,
+    /// In lower case, without wildcards.
+    pub host: Arc<str>,
+    /// Those that applications dial; empty: the endpoints' own.
+    pub addresses: Vec<IpAddr>,
+    pub ports: Vec<ExternalPort>,
+    /// Where connections go; empty: to the address that was dialled.
+    pub endpoints: Vec<ExternalEndpoint>,
+    /// Names of which the server proves one (policy D-4); empty: the host's.
+    pub subject_alt_names: Vec<String>,
+    /// Of the mesh, served by proxies of others.
+    pub is_internal: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExternalPort {
+    pub number: u16,
+    pub name: Option<String>,
+    /// At the endpoints.
+    pub target: u16,
+    pub protocol: Protocol,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExternalEndpoint {
+    pub address: IpAddr,
+    /// By the name of a port, where they are others than the entry's.
+    pub ports: BTreeMap<String, u16>,
+    pub labels: BTreeMap<String, String>,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetPort {
     Number(u16),
@@ -125,8 +160,31 @@ pub struct Mesh {
     pub trust_domain_aliases: Vec<TrustDomain>,
     pub root_namespace: String,
     pub default_mode: TransportMode,
+    /// Where neither workload nor namespace says anything.
+    pub same_node: SameNode,
+    /// Nobody may speak as one of these, whatever the policy says (`barredIdentities`).
+    pub barred_identities: Vec<SpiffeId>,
     /// Addresses inside these that nobody knows are held, then denied (DESIGN 3.4.9).
     pub pod_ranges: Vec<IpNet>,
+}
+
+/// How connections between two workloads of one node go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SameNode {
+    /// By the kernel alone, where the policy can be decided on layer 4: in the clear, inside the node.
+    Direct,
+    /// By the daemon, always.
+    Proxied,
+}
+
+impl SameNode {
+    /// The word in documents and status.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Proxied => "proxied",
+        }
+    }
 }
 
 /// What a receiver accepts. Nothing at all in force is [`Mesh::default_mode`].

@@ -119,6 +119,7 @@ fn workloads(
         transport_mode: mode(snapshot.transport_mode(workload, UNDECLARED_PORT)).to_owned(),
         ports: workload.ports.iter().map(|port| self::port(snapshot, workload, port.port)).collect(),
         exempt_inbound_ports: workload.exempt_inbound_ports.clone(),
+        same_node: snapshot.same_node(&workload.name).label().to_owned(),
         connections: open.get(&workload.name).copied().unwrap_or(0),
     };
     snapshot.local().map(one).collect()
@@ -215,6 +216,8 @@ fn mesh(snapshot: &Snapshot) -> Mesh {
         trust_domain_aliases: mesh.trust_domain_aliases.iter().map(|alias| alias.to_string()).collect(),
         root_namespace: mesh.root_namespace.clone(),
         default_mode: mode(mesh.default_mode).to_owned(),
+        same_node: mesh.same_node.label().to_owned(),
+        barred_identities: snapshot.barred().map(|identity| identity.to_string()).collect(),
         pod_ranges: mesh.pod_ranges.iter().map(|range| range.to_string()).collect(),
     }
 }

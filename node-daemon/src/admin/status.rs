@@ -58,6 +58,8 @@ pub struct Workload {
     pub ports: Vec<Port>,
     /// Ports that bypass the daemon.
     pub exempt_inbound_ports: Vec<u16>,
+    /// `direct` or `proxied`: how it wants its connections inside the node.
+    pub same_node: String,
     /// Open ones, both directions.
     pub connections: usize,
 }
@@ -159,6 +161,8 @@ pub struct Mesh {
     pub trust_domain_aliases: Vec<String>,
     pub root_namespace: String,
     pub default_mode: String,
+    pub same_node: String,
+    pub barred_identities: Vec<String>,
     pub pod_ranges: Vec<String>,
 }
 
@@ -210,7 +214,8 @@ impl fmt::Display for Status {
 
 impl Status {
     fn workload_table(&self) -> Table {
-        let mut table = Table::new(["WORKLOAD", "IDENTITY", "ADDRESSES", "STATE", "PORTS", "CONNECTIONS"]);
+        let mut table =
+            Table::new(["WORKLOAD", "IDENTITY", "ADDRESSES", "STATE", "PORTS", "SAME NODE", "CONNECTIONS"]);
         for workload in &self.workloads {
             let state = match &workload.reason {
                 _ if workload.enrolled => "enrolled".to_owned(),
@@ -227,6 +232,7 @@ impl Status {
                 workload.addresses.join(", "),
                 state,
                 ports.join(", "),
+                workload.same_node.clone(),
                 workload.connections.to_string(),
             ]);
         }

@@ -324,6 +324,7 @@ fn change(denied: Option<DenialReason>, considered: &[Considered]) -> Vec<String
         Some(DenialReason::PolicyUnusable) => words("the object that cannot be used is corrected or removed"),
         Some(DenialReason::NotEnrolled) => words("the destination is enrolled"),
         Some(DenialReason::TokenRefused) => words("the request carries a token that the policy accepts"),
+        Some(DenialReason::IdentityBarred) => words("neither identity is barred any more"),
         Some(DenialReason::BadPath) => words("the path is one that can be judged"),
     }
 }

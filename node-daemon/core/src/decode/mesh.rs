@@ -1,14 +1,15 @@
 //! The `Mesh` document.
 
 use ipnet::IpNet;
-use spiffe_id::TrustDomain;
+use spiffe_id::{SpiffeId, TrustDomain};
 
 use super::{
     InvalidObject, Object,
     field::{Field, refuse_unknown_head},
     is_label,
+    same_node::same_node,
 };
-use crate::workload::{Mesh, TransportMode};
+use crate::workload::{Mesh, SameNode, TransportMode};
 
 /// The only name of a Mesh document.
 const MESH_NAME: &str = "default";
@@ -24,6 +25,8 @@ impl Mesh {
             trust_domain_aliases: Vec::new(),
             root_namespace: ROOT_NAMESPACE.to_owned(),
             default_mode: TransportMode::Permissive,
+            same_node: SameNode::Direct,
+            barred_identities: Vec::new(),
             pod_ranges: Vec::new(),
         }
     }
@@ -46,6 +49,7 @@ pub(crate) fn mesh(object: &Object, configured: &TrustDomain) -> Result<Mesh, In
         "rootNamespace",
         "defaultMode",
         "sameNode",
+        "barredIdentities",
         "podRanges",
     ])?;
     let mut mesh = Mesh::defaults(configured.clone());
@@ -75,18 +79,21 @@ pub(crate) fn mesh(object: &Object, configured: &TrustDomain) -> Result<Mesh, In
         };
     }
     if let Some(field) = spec.at("sameNode") {
-        same_node(&field)?;
+        mesh.same_node = same_node(&field)?;
     }
+    mesh.barred_identities =
+        spec.items("barredIdentities")?.iter().map(identity).collect::<Result<_, _>>()?;
     mesh.pod_ranges = spec.items("podRanges")?.iter().map(range).collect::<Result<_, _>>()?;
     Ok(mesh)
 }
 
-/// Checks `sameNode`: connections inside one node by the kernel alone, or by the proxy.
-pub(super) fn same_node(field: &Field<'_>) -> Result<(), InvalidObject> {
-    match field.text()? {
-        "direct" | "proxied" => Ok(()),
-        _ => Err(field.refuse("direct or proxied", "write one of the two")),
-    }
+fn identity(field: &Field<'_>) -> Result<SpiffeId, InvalidObject> {
+    field.text()?.parse().map_err(|error| {
+        field.refuse(
+            "the identity of a workload, such as spiffe://cluster.local/ns/photo/sa/photo-backend",
+            &format!("{error}; correct it"),
+        )
+    })
 }
 
 fn trust_domain(field: &Field<'_>) -> Result<TrustDomain, InvalidObject> {

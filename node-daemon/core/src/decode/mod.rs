@@ -1,7 +1,7 @@
 //! Documents in, values of the domain out.
 //!
 //! Takes one JSON value per document (whether it was YAML in a folder or came from an API server) and gives an
-//! [`Object`]; the kinds of this room (Namespace, ServiceAccount, Service, Workload, Mesh) become typed values, those of
+//! [`Object`]; the kinds of this room (Namespace, ServiceAccount, Service, ServiceEntry, Workload, Mesh) become typed values, those of
 //! policy are handed on as they are. Every refusal names field, value, what was expected and what to do.
 //! Not here: which documents contradict each other ([`crate::store`]).
 
@@ -9,7 +9,9 @@ mod enrolment;
 mod field;
 mod mesh;
 mod port;
+mod same_node;
 mod service;
+mod service_entry;
 mod workload;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
@@ -19,7 +21,9 @@ use serde_json::{Map, Value};
 pub(crate) use self::{
     enrolment::{Enrolment, enrolment},
     mesh::mesh,
+    same_node::same_node_label,
     service::service,
+    service_entry::service_entry,
     workload::{DeclaredWorkload, workload},
 };
 use crate::{policy::PolicyObjects, workload::ObjectName};
@@ -323,6 +327,7 @@ pub(crate) enum Kind {
     Namespace,
     ServiceAccount,
     Service,
+    ServiceEntry,
     Workload,
     Mesh,
 }
@@ -333,6 +338,10 @@ impl Kind {
             ("v1", "Namespace") => Some(Self::Namespace),
             ("v1", "ServiceAccount") => Some(Self::ServiceAccount),
             ("v1", "Service") => Some(Self::Service),
+            (
+                "networking.istio.io/v1" | "networking.istio.io/v1beta1" | "networking.istio.io/v1alpha3",
+                "ServiceEntry",
+            ) => Some(Self::ServiceEntry),
             (CULVERT_VERSION, "Workload") => Some(Self::Workload),
             (CULVERT_VERSION, "Mesh") => Some(Self::Mesh),
             _ => None,

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
     testing::{documents, pod, readable, service as service_yaml, unit},
-    workload::{Mesh, Placement, Protocol, Service, TargetPort, TransportMode, Workload},
+    workload::{Mesh, Placement, Protocol, SameNode, Service, TargetPort, TransportMode, Workload},
 };
 
 fn trust_domain() -> spiffe_id::TrustDomain {
@@ -360,6 +360,22 @@ fn enrolment_follows_the_labels() {
 }
 
 #[test]
+fn the_way_inside_a_node_is_the_specs_word_and_else_the_labels() {
+    let with = |labels: &str, spec: &str| pod("web", "10.8.1.4", spec).replace("app: web", labels);
+    for (labels, spec, expected) in [
+        ("app: web", "", None),
+        ("app: web", "sameNode: proxied", Some(SameNode::Proxied)),
+        ("culvert.io/same-node: proxied", "", Some(SameNode::Proxied)),
+        ("culvert.io/same-node: proxied", "sameNode: direct", Some(SameNode::Direct)),
+    ] {
+        let declared = workload(&readable(&with(labels, spec)), &trust_domain()).expect("it is good");
+        assert_eq!(declared.same_node, expected, "{labels} {spec}");
+    }
+    let field = "metadata.labels.culvert.io/same-node";
+    workload_refused(&with("culvert.io/same-node: Proxied", ""), field, "\"Proxied\"");
+}
+
+#[test]
 fn a_service_is_read_as_kubernetes_writes_it() {
     let yaml = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: photo, uid: x}\n\
         spec:\n  type: ClusterIP\n  clusterIP: 10.96.0.1\n  clusterIPs: [10.96.0.1, \"fd00::1\"]\n  \
@@ -445,9 +461,11 @@ fn a_mesh_says_what_it_says_and_the_rest_is_default() {
     assert_eq!(empty, Mesh::defaults(trust_domain()));
     assert_eq!(empty.default_mode, TransportMode::Permissive);
     let spec = "{trustDomain: cluster.local, trustDomainAliases: [old.local], rootNamespace: mesh-root, \
-        defaultMode: STRICT, sameNode: direct, podRanges: [10.8.0.0/16, \"fd00:8::/32\"]}";
+        defaultMode: STRICT, sameNode: proxied, \
+        barredIdentities: [\"spiffe://cluster.local/ns/photo/sa/web\"], podRanges: [10.8.0.0/16, \"fd00:8::/32\"]}";
     let full = mesh(&readable(&mesh_yaml(spec)), &trust_domain()).expect("the mesh is good");
     assert_eq!((full.default_mode, full.pod_ranges.len()), (TransportMode::Strict, 2));
+    assert_eq!((full.same_node, full.barred_identities.len()), (SameNode::Proxied, 1));
     assert_eq!((full.trust_domain_aliases.len(), full.root_namespace.as_str()), (1, "mesh-root"));
 }
 
@@ -462,6 +480,7 @@ fn an_unusable_mesh_is_refused_by_field() {
     mesh_refused("{defaultMode: “STRICT”}", "spec.defaultMode", "\"“STRICT”\""); // 0-4
     mesh_refused("{defaultMod: STRICT}", "spec.defaultMod", "\"STRICT\"");
     mesh_refused("{sameNode: never}", "spec.sameNode", "\"never\"");
+    mesh_refused("{barredIdentities: [web]}", "spec.barredIdentities[0]", "\"web\"");
     mesh_refused("{podRanges: [10.8.0.0]}", "spec.podRanges[0]", "\"10.8.0.0\"");
     mesh_refused("{podRanges: [10.8.0.1/16]}", "spec.podRanges[0]", "\"10.8.0.1/16\"");
     mesh_refused("{podRanges: [10.8.0.0/33]}", "spec.podRanges[0]", "\"10.8.0.0/33\"");

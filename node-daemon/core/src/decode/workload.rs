@@ -8,12 +8,12 @@ use spiffe_id::{SpiffeId, TrustDomain};
 use super::{
     Enrolment, InvalidObject, Object, enrolment,
     field::{Field, Fields, refuse_unknown_head},
-    mesh::same_node,
     port::{port_name, protocol},
+    same_node::{same_node, same_node_label},
 };
 use crate::{
     tunnel::TUNNEL_PORT,
-    workload::{Placement, Workload, WorkloadPort},
+    workload::{Placement, SameNode, Workload, WorkloadPort},
 };
 
 /// The service account of a workload that names none (policy D-1).
@@ -22,12 +22,14 @@ const DEFAULT_SERVICE_ACCOUNT: &str = "default";
 /// Longest name of a node, in bytes: it stands in a certificate of the node.
 pub(super) const NODE_BYTES_MAX: usize = 253;
 
-/// A workload whose enrolment may still depend on its namespace.
+/// A workload, of which some things may still depend on its namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DeclaredWorkload {
     /// As it is when it is enrolled.
     pub(crate) workload: Arc<Workload>,
     pub(crate) enrolment: Enrolment,
+    /// `None`: the namespace or the mesh decides.
+    pub(crate) same_node: Option<SameNode>,
 }
 
 /// Reads a Workload.
@@ -51,9 +53,10 @@ pub(crate) fn workload(
         Some(field) => field.text()?.to_owned(),
         None => DEFAULT_SERVICE_ACCOUNT.to_owned(),
     };
-    if let Some(field) = spec.at("sameNode") {
-        same_node(&field)?;
-    }
+    let same_node = match spec.at("sameNode") {
+        Some(field) => Some(same_node(&field)?),
+        None => same_node_label(object)?,
+    };
     let workload = Workload {
         name: object.name.clone(),
         labels: object.labels.clone(),
@@ -67,7 +70,7 @@ pub(crate) fn workload(
         exempt_inbound_ports: exempt_inbound_ports(&spec)?,
         enrolled: true,
     };
-    Ok(DeclaredWorkload { workload: Arc::new(workload), enrolment: enrolment(object)? })
+    Ok(DeclaredWorkload { workload: Arc::new(workload), enrolment: enrolment(object)?, same_node })
 }
 
 fn identity(

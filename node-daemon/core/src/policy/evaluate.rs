@@ -57,7 +57,7 @@ impl Compiled {
         let transport = &port.transport;
         let reason = if transport.is_unusable {
             DenialReason::PolicyUnusable // policy A-3
-        } else if proven_identity(&facts.presented).is_none() && transport.mode == TransportMode::Strict {
+        } else if facts.presented.identity().is_none() && transport.mode == TransportMode::Strict {
             DenialReason::PlaintextRefused // policy A-6
         } else if self.is_foreign(facts) {
             DenialReason::TrustDomain // policy A-8, G-12
@@ -70,7 +70,7 @@ impl Compiled {
 
     /// Whether somebody of a trust domain proved to be so that is not of the mesh (policy A-8, G-12).
     pub(super) fn is_foreign(&self, facts: &ConnectionFacts) -> bool {
-        proven_identity(&facts.presented).is_some_and(|id| !self.trusted.includes(id.trust_domain()))
+        facts.presented.identity().is_some_and(|id| !self.trusted.includes(id.trust_domain()))
     }
 }
 
@@ -121,17 +121,10 @@ pub(super) fn seen<'a>(
     }
 }
 
-fn proven_identity(presented: &Presented) -> Option<&SpiffeId> {
-    match presented {
-        Presented::Tunnel(id) | Presented::Attested(id) | Presented::MeshTls { peer: id, .. } => Some(id),
-        Presented::Plaintext => None,
-    }
-}
-
 /// Without mtls in the port's policy nobody has an identity, whatever was presented (policy A-5, B-9).
 pub(super) fn visible_identity<'a>(facts: &'a ConnectionFacts, port: &PortRules) -> Option<&'a SpiffeId> {
     match port.transport.mode {
-        TransportMode::Strict | TransportMode::Permissive => proven_identity(&facts.presented),
+        TransportMode::Strict | TransportMode::Permissive => facts.presented.identity(),
         TransportMode::Disabled => None,
     }
 }

@@ -43,9 +43,9 @@ use std::{net::IpAddr, sync::Arc};
 use spiffe_id::SpiffeId;
 
 pub use self::{
-    client::{ClientFacts, ClientMode, ClientTls, ServerMode, client_tls, may_answer},
+    client::{Asked, ClientFacts, ClientMode, ClientTls, ServerMode, client_tls, may_answer},
     compile::{Compiled, Inventory, compile},
-    destination_rule::{ClientSetting, TlsMode, TlsSettings},
+    destination_rule::{ClientSetting, NamedFiles, Part, Said, TlsMode, TlsSettings},
     explain::{Considered, Explanation, Mismatch},
     objects::PolicyObjects,
     origins::KeySetAddress,
@@ -58,7 +58,7 @@ pub use self::{
     status::ObjectStatus,
 };
 pub(crate) use self::{
-    destination_rule::{rule_of, tls_of},
+    destination_rule::{Chosen, rule_of, tls_of},
     explain::reason,
     seen::{Metadata, header},
     tokens::claims_of,
@@ -85,10 +85,20 @@ pub enum Presented {
     Tunnel(SpiffeId),
     /// Mesh TLS (ALPN `istio`) on the workload's port, with a verified certificate.
     MeshTls { peer: SpiffeId, server_name: Option<String> },
-    /// The kernel of this node vouches for the socket (a local process of a host, T-27).
+    /// The kernel of this node vouches for the socket: a workload of this node, without a certificate.
     Attested(SpiffeId),
     /// Nothing was proven.
     Plaintext,
+}
+
+impl Presented {
+    /// Whom the peer proved to be.
+    pub fn identity(&self) -> Option<&SpiffeId> {
+        match self {
+            Self::Tunnel(id) | Self::Attested(id) | Self::MeshTls { peer: id, .. } => Some(id),
+            Self::Plaintext => None,
+        }
+    }
 }
 
 /// Proof that the policy allowed one connection.
@@ -176,10 +186,12 @@ pub enum DenialReason {
     TokenRefused,
     /// A path that nobody can judge (policy B-5).
     BadPath,
+    /// Nobody may speak as the identity of one of the ends.
+    IdentityBarred,
 }
 
 impl DenialReason {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::PlaintextRefused,
         Self::TrustDomain,
         Self::DeniedByRule,
@@ -189,6 +201,7 @@ impl DenialReason {
         Self::PeerUnauthenticated,
         Self::TokenRefused,
         Self::BadPath,
+        Self::IdentityBarred,
     ];
 
     pub const fn label(self) -> &'static str {
@@ -202,6 +215,7 @@ impl DenialReason {
             Self::PeerUnauthenticated => "peer_unauthenticated",
             Self::TokenRefused => "token_refused",
             Self::BadPath => "bad_path",
+            Self::IdentityBarred => "identity_barred",
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::{
         tokens::TokenRules,
     },
     store::Problem,
-    workload::{Mesh, ObjectName, Service, TransportMode, Workload},
+    workload::{Mesh, ObjectName, SameNode, Service, TransportMode, Workload},
 };
 
 /// See the module.
@@ -38,6 +38,9 @@ pub struct Snapshot {
     directory: Directory,
     /// Services of this node's host by port; `None` where several declare it.
     at_loopback: BTreeMap<u16, Option<Arc<Workload>>>,
+    /// Enrolled workloads whose connections inside the node the daemon carries.
+    proxied: BTreeSet<ObjectName>,
+    barred: BTreeSet<SpiffeId>,
     compiled: Compiled,
     problems: Vec<Problem>,
     unreadable: Option<String>,
@@ -166,11 +169,9 @@ impl Snapshot {
     ///
     /// # Errors
     /// The policy's [`Denial`]; while a file is unreadable and nothing is known of what it says, always
-    /// [`DenialReason::PolicyUnusable`] (T-19).
+    /// [`DenialReason::PolicyUnusable`] (T-19). With a barred identity at either end [`DenialReason::IdentityBarred`].
     pub fn authorise(&self, facts: &ConnectionFacts) -> Result<Permit, Denial> {
-        if self.unreadable.is_some() {
-            return Err(Denial { reason: DenialReason::PolicyUnusable, verdict: Verdict::default() });
-        }
+        self.hears(facts)?;
         self.compiled.authorise(facts)
     }
 
@@ -179,9 +180,7 @@ impl Snapshot {
     /// # Errors
     /// As [`Snapshot::authorise`].
     pub fn admit(&self, facts: &ConnectionFacts) -> Result<Admission, Denial> {
-        if self.unreadable.is_some() {
-            return Err(Denial { reason: DenialReason::PolicyUnusable, verdict: Verdict::default() });
-        }
+        self.hears(facts)?;
         self.compiled.admit(facts)
     }
 
@@ -223,6 +222,21 @@ impl Snapshot {
         self.compiled.statuses()
     }
 
+    /// How connections between this workload and others of its node go; both ends must say direct.
+    pub fn same_node(&self, workload: &ObjectName) -> SameNode {
+        if self.proxied.contains(workload) { SameNode::Proxied } else { SameNode::Direct }
+    }
+
+    /// Whether nobody may speak as this identity, under any name of the mesh.
+    pub fn is_barred(&self, identity: &SpiffeId) -> bool {
+        self.barred.contains(identity)
+    }
+
+    /// Identities as which nobody may speak.
+    pub fn barred(&self) -> impl Iterator<Item = &SpiffeId> {
+        self.barred.iter()
+    }
+
     /// What is wrong with the documents.
     pub fn problems(&self) -> &[Problem] {
         &self.problems
@@ -231,6 +245,21 @@ impl Snapshot {
     /// Why everything is denied, if so (T-19): the node is not ready then.
     pub fn unreadable(&self) -> Option<&str> {
         self.unreadable.as_deref()
+    }
+
+    /// What is asked before any rule: are the documents readable (T-19), and is neither end barred?
+    fn hears(&self, facts: &ConnectionFacts) -> Result<(), Denial> {
+        let proven = facts.presented.identity();
+        let is_barred = proven.is_some_and(|identity| self.is_barred(identity))
+            || self.is_barred(&facts.destination.identity);
+        let reason = if self.unreadable.is_some() {
+            DenialReason::PolicyUnusable
+        } else if is_barred {
+            DenialReason::IdentityBarred
+        } else {
+            return Ok(());
+        };
+        Err(Denial { reason, verdict: Verdict::default() })
     }
 
     /// A workload dialled by its own address is expected to be itself (DESIGN 3.3.3).
@@ -263,17 +292,26 @@ pub(crate) fn identities_of<'w>(
     naming::answering(endpoints, named, mesh)
 }
 
+/// What the labels of a namespace say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NamespaceWord {
+    pub(crate) enrolment: Enrolment,
+    pub(crate) same_node: Option<SameNode>,
+}
+
 /// What the store gives.
 pub(crate) struct Contents<'a> {
     pub(crate) number: u64,
     pub(crate) node: Arc<str>,
     pub(crate) mesh: Mesh,
-    pub(crate) namespaces: BTreeMap<Arc<str>, Enrolment>,
+    pub(crate) namespaces: BTreeMap<Arc<str>, NamespaceWord>,
     pub(crate) workloads: Vec<(&'a DeclaredWorkload, &'a Source)>,
     pub(crate) services: BTreeMap<ObjectName, (Service, Source)>,
     pub(crate) policies: &'a PolicyObjects,
     pub(crate) problems: Vec<Problem>,
     pub(crate) unreadable: Option<String>,
+    /// Beside those of the mesh.
+    pub(crate) barred: &'a BTreeSet<SpiffeId>,
     /// Unchanged workloads are shared with it.
     pub(crate) previous: Option<Arc<Snapshot>>,
 }
@@ -284,8 +322,14 @@ impl Snapshot {
         let (mut problems, unreadable) = (contents.problems, contents.unreadable);
         let mut sources = BTreeMap::new();
         let mut by_name = BTreeMap::new();
+        let mut proxied = BTreeSet::new();
         for (declared, source) in workloads {
-            let workload = enrol(declared, &namespaces, contents.previous.as_deref());
+            let word = namespaces.get(&declared.workload.name.namespace);
+            let workload = enrol(declared, word, contents.previous.as_deref());
+            let same_node = declared.same_node.or(word.and_then(|word| word.same_node));
+            if same_node.unwrap_or(mesh.same_node) == SameNode::Proxied {
+                proxied.insert(workload.name.clone());
+            }
             sources.insert(workload.name.clone(), source);
             by_name.insert(workload.name.clone(), workload);
         }
@@ -295,6 +339,8 @@ impl Snapshot {
         let compiled = policy::compile(policies, &inventory);
         problems.sort();
         let at_loopback = at_loopback(&by_name, &node);
+        let barred = contents.barred.iter().chain(&mesh.barred_identities).cloned();
+        let barred = Arc::unwrap_or_clone(naming::allowed(barred, &mesh));
         Self {
             number,
             node,
@@ -302,6 +348,8 @@ impl Snapshot {
             services,
             directory,
             at_loopback,
+            proxied,
+            barred,
             compiled,
             problems,
             unreadable,
@@ -327,11 +375,11 @@ fn at_loopback(
 
 fn enrol(
     declared: &DeclaredWorkload,
-    namespaces: &BTreeMap<Arc<str>, Enrolment>,
+    namespace: Option<&NamespaceWord>,
     previous: Option<&Snapshot>,
 ) -> Arc<Workload> {
     let name = &declared.workload.name;
-    let namespace = namespaces.get(&name.namespace).copied().unwrap_or(Enrolment::Unsaid);
+    let namespace = namespace.map_or(Enrolment::Unsaid, |word| word.enrolment);
     if Enrolment::resolve(declared.enrolment, namespace) {
         return Arc::clone(&declared.workload);
     }

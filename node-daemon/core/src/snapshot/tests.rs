@@ -367,6 +367,61 @@ fn while_a_file_is_unreadable_everyone_is_denied() {
 }
 
 #[test]
+fn the_way_inside_a_node_is_the_workloads_word_then_the_namespaces_then_the_meshs() {
+    let mesh = |word: &str| mesh(&format!("{{sameNode: {word}}}"));
+    let namespace = |word: &str| {
+        format!(
+            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: photo, labels: {{culvert.io/same-node: {word}}}}}\n"
+        )
+    };
+    let own = |word: &str| pod("web", "10.8.0.2", &format!("sameNode: {word}"));
+    let silent = pod("web", "10.8.0.2", "");
+    use SameNode::{Direct, Proxied};
+    for (documents, expected) in [
+        (vec![silent.clone()], Direct),
+        (vec![silent.clone(), mesh("proxied")], Proxied),
+        (vec![silent.clone(), mesh("proxied"), namespace("direct")], Direct),
+        (vec![silent, mesh("direct"), namespace("proxied")], Proxied),
+        (vec![own("direct"), mesh("proxied"), namespace("proxied")], Direct),
+        (vec![own("proxied"), mesh("direct"), namespace("direct")], Proxied),
+    ] {
+        assert_eq!(snapshot(&join(&documents)).same_node(&named("web")), expected, "{documents:?}");
+    }
+}
+
+#[test]
+fn nobody_speaks_as_a_barred_identity_or_to_one() {
+    let mut store = empty_store();
+    let documents = [pod("web", "10.8.0.2", ""), pod("db", "10.8.0.3", "")];
+    assert_eq!(store.apply(replace("all", &join(&documents))), []);
+    let facts = |world: &Snapshot, source: &str, destination: &str| ConnectionFacts {
+        presented: policy::Presented::Attested(workload(world, source).identity.clone()),
+        source_address: at("10.8.0.9:0").ip(),
+        destination_address: at("10.8.0.2:0").ip(),
+        destination_port: 80,
+        destination: workload(world, destination),
+    };
+    let before = store.snapshot();
+    assert!(before.authorise(&facts(&before, "web", "db")).is_ok());
+
+    store.bar([workload(&before, "web").identity.clone()].into());
+    let after = store.snapshot();
+    assert!(after.number() > before.number());
+    for (source, destination) in [("web", "db"), ("db", "web")] {
+        let denial = after.authorise(&facts(&after, source, destination)).expect_err("one end is barred");
+        assert_eq!(denial.reason, DenialReason::IdentityBarred);
+        assert!(after.admit(&facts(&after, source, destination)).is_err());
+    }
+    let vouched = |name, client: &str| crate::attest::attest(&after, &named(name), at(client).ip());
+    assert!(matches!(vouched("web", "10.8.0.2:0"), Err(crate::attest::NotAttested::Barred(_))));
+    assert!(vouched("db", "10.8.0.3:0").is_ok());
+
+    store.bar(std::collections::BTreeSet::new());
+    let again = store.snapshot();
+    assert!(again.authorise(&facts(&again, "web", "db")).is_ok());
+}
+
+#[test]
 fn ten_thousand_workloads_are_looked_up_as_one() {
     let mut documents = vec![pod("caller", "10.8.0.1", "")];
     for number in 0..10_000 {

@@ -15,14 +15,14 @@ use std::{
 };
 
 use serde_json::Value;
-use spiffe_id::TrustDomain;
+use spiffe_id::{SpiffeId, TrustDomain};
 
 use self::claims::{Claims, Holders};
 use crate::{
-    decode::{self, DeclaredWorkload, Enrolment, InvalidObject, Kind, Object, Source},
+    decode::{self, DeclaredWorkload, InvalidObject, Kind, Object, Source},
     policy::PolicyObjects,
-    snapshot::{Contents, Snapshot},
-    workload::{Mesh, ObjectName, Service},
+    snapshot::{Contents, NamespaceWord, Snapshot},
+    workload::{External, Mesh, ObjectName, Service},
 };
 
 /// What happened to one file.
@@ -131,6 +131,8 @@ pub struct Store {
     /// What is wrong, by object.
     troubles: BTreeMap<Key, Vec<Problem>>,
     policies: PolicyObjects,
+    /// Beside those that the Mesh bars.
+    barred: BTreeSet<SpiffeId>,
     number: u64,
     current: Option<Arc<Snapshot>>,
     changed: bool,
@@ -161,9 +163,10 @@ struct Version {
 /// What a version says, in values of the domain.
 #[derive(Debug)]
 enum Content {
-    Namespace(Enrolment),
+    Namespace(NamespaceWord),
     ServiceAccount,
     Service(Service),
+    ServiceEntry(External),
     Workload(DeclaredWorkload),
     Mesh(Mesh),
     /// Judged by the policy room.
@@ -205,6 +208,7 @@ impl Store {
             waiting: BTreeSet::new(),
             troubles: BTreeMap::new(),
             policies: PolicyObjects::new(),
+            barred: BTreeSet::new(),
             number: 0,
             current: None,
             changed: true,
@@ -229,6 +233,12 @@ impl Store {
             .into_iter()
             .filter(|problem| problem.file == file || !before.contains(problem))
             .collect()
+    }
+
+    /// From the next snapshot on nobody may speak as one of these, beside those that the Mesh bars: what was revoked.
+    pub fn bar(&mut self, identities: BTreeSet<SpiffeId>) {
+        self.changed |= identities != self.barred;
+        self.barred = identities;
     }
 
     /// What is in force, compiled. The same one as before if nothing was applied since.
@@ -309,9 +319,13 @@ impl Store {
 
     fn content(&self, kind: Kind, object: &Object) -> Result<Content, InvalidObject> {
         Ok(match kind {
-            Kind::Namespace => Content::Namespace(decode::enrolment(object)?),
+            Kind::Namespace => Content::Namespace(NamespaceWord {
+                enrolment: decode::enrolment(object)?,
+                same_node: decode::same_node_label(object)?,
+            }),
             Kind::ServiceAccount => Content::ServiceAccount,
             Kind::Service => Content::Service(decode::service(object)?),
+            Kind::ServiceEntry => Content::ServiceEntry(decode::service_entry(object)?),
             Kind::Workload => Content::Workload(decode::workload(object, &self.trust_domain)?),
             Kind::Mesh => Content::Mesh(decode::mesh(object, &self.trust_domain)?),
         })
@@ -331,15 +345,17 @@ impl Store {
         let mut namespaces = BTreeMap::new();
         let mut workloads = Vec::new();
         let mut services = BTreeMap::new();
+        let mut externals = Vec::new();
         let mut mesh = None;
         for (key, held) in &self.held {
             match &*held.content {
-                Content::Namespace(enrolment) => {
-                    namespaces.insert(Arc::clone(&key.name.name), *enrolment);
+                Content::Namespace(word) => {
+                    namespaces.insert(Arc::clone(&key.name.name), *word);
                 }
                 Content::Service(service) => {
                     services.insert(key.name.clone(), (service.clone(), held.object.source.clone()));
                 }
+                Content::ServiceEntry(external) => externals.push((external, &held.object.source)),
                 Content::Workload(workload) => workloads.push((workload, &held.object.source)),
                 Content::Mesh(content) => mesh = Some(content.clone()),
                 Content::ServiceAccount | Content::Policy => {}
@@ -352,9 +368,11 @@ impl Store {
             namespaces,
             workloads,
             services,
+            externals,
             policies: &self.policies,
             problems: self.problems(),
             unreadable: self.unreadable_reason(),
+            barred: &self.barred,
             previous: self.current.clone(),
         }
     }
@@ -423,6 +441,7 @@ impl KeyKind {
             Self::Own(Kind::Namespace) => "Namespace",
             Self::Own(Kind::ServiceAccount) => "ServiceAccount",
             Self::Own(Kind::Service) => "Service",
+            Self::Own(Kind::ServiceEntry) => "ServiceEntry",
             Self::Own(Kind::Workload) => "Workload",
             Self::Own(Kind::Mesh) => "Mesh",
             Self::Policy(kind) => kind,

@@ -64,6 +64,8 @@ impl Default for World {
         ];
         Self {
             mesh: Mesh {
+                same_node: crate::workload::SameNode::Direct,
+                barred_identities: Vec::new(),
                 trust_domain: domain("cluster.local"),
                 trust_domain_aliases: vec![domain("old.local")],
                 root_namespace: "istio-system".into(),
