@@ -318,7 +318,11 @@ fn a_file_that_cannot_be_used_is_named_with_line_and_field() {
             &["cases[0].policies[0]", "broken.yaml", "line 2"],
         ),
         ("bad-folder", with("strict.yaml", "broken"), &["cases[0].policies[0]", "broken/two.yaml"]),
-        ("bad-set", with("version: 1", "version: 1\npolicySets: {s: 'a: ['}"), &[":2: policySets.s"]),
+        (
+            "bad-set",
+            with("version: 1", "version: 1\npolicySets: {strict.yaml: 'a: ['}"),
+            &[":2: policySets.strict.yaml"],
+        ),
         ("set-no-text", with("version: 1", "version: 1\npolicySets: {s: {a: b}}"), &[":2: policySets.s"]),
         ("long", "#".repeat(16 * 1024 * 1024 + 1), &["more than 16777216 bytes"]),
     ] {
@@ -339,7 +343,11 @@ fn a_file_that_cannot_be_used_is_named_with_line_and_field() {
 #[track_caller]
 fn refused(path: &str, words: &[&str]) {
     let said = run(&[path]);
-    assert_eq!((said.status, &*said.stdout), (Some(2), ""), "{path}: {}", said.stderr);
+    assert_eq!(said.status, Some(2), "{path}: {}", said.stderr);
+    // Of a file whose only case cannot be used.
+    let counted =
+        said.stdout.ends_with("\n0 passed, 1 failed\n") && said.stdout.contains("it cannot be run: ");
+    assert!(said.stdout.is_empty() || counted, "{path}: {}", said.stdout);
     let lines: Vec<&str> = said.stderr.lines().collect();
     assert_eq!(lines.len(), 1, "{path}: {}", said.stderr);
     for word in [path].iter().chain(words) {
@@ -359,6 +367,22 @@ fn beside_a_file_that_cannot_be_used_the_others_are_run_and_the_status_is_2() {
     assert_eq!(said.status, Some(2));
     assert!(said.stdout.ends_with("1 passed, 1 failed\n"), "{}", said.stdout);
     assert!(said.stderr.contains("bad.yaml:1: version"), "{}", said.stderr);
+    let one_bad = write(&folder, "one-bad.yaml", {
+        let good = case("reads", "readers.yaml", "GET", "{verdict: ALLOW}");
+        let bad = good.replace("protocol: http", "protocol: smtp").replace("reads", "mails");
+        file(&[good.clone(), bad, good.replace("reads", "again")])
+    });
+    let said = run(&[&one_bad]);
+    assert_eq!(said.status, Some(2));
+    assert!(said.stdout.starts_with("mails: it cannot be run: cases[1].request.protocol"), "{}", said.stdout);
+    assert!(said.stdout.ends_with("\n2 passed, 1 failed\n"), "{}", said.stdout);
+    assert!(said.stderr.contains("one-bad.yaml:15: cases[1].request.protocol"), "{}", said.stderr);
+    let said = run(&[&one_bad, "--only", "reads"]);
+    assert_eq!((said.status, &*said.stdout), (Some(0), "1 passed, 0 failed\n"), "{}", said.stderr);
+    let said = run(&[&one_bad, "--output", "json"]);
+    let document: Value = serde_json::from_str(&said.stdout).expect("it is one JSON document");
+    assert_eq!((said.status, &document["passed"], &document["failed"]), (Some(2), &2.into(), &1.into()));
+    assert_eq!(document["cases"][1]["pass"], false);
     assert_eq!(run(&[]).status, Some(2));
     assert_eq!(run(&[&good, "--output", "xml"]).status, Some(2));
 }

@@ -150,7 +150,7 @@ fn policy_test(asked: &PolicyTest) -> ExitCode {
     for unusable in &tested.unusable {
         status = complain(UNUSABLE, &unusable.to_string());
     }
-    if tested.unusable.len() == asked.cases.len() {
+    if tested.files_unusable == asked.cases.len() {
         return status;
     }
     if let (true, Some(pattern)) = (tested.report.cases.is_empty(), &asked.only) {

@@ -18,12 +18,14 @@ const CASES_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// What all files came to.
 #[derive(Debug, Default)]
 pub struct Tested {
-    /// Of the files that could be used.
+    /// Of the files that could be used; a case of theirs that could not be is among them and does not hold.
     pub report: Report,
     pub unusable: Vec<UnusableCases>,
+    /// Files that could not be used at all.
+    pub files_unusable: usize,
 }
 
-/// A file of cases that cannot be used: none of its cases counts.
+/// A file of cases, or one case of it, that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum UnusableCases {
     #[error("{}: {reason}", path.display())]
@@ -39,8 +41,14 @@ pub fn test(paths: &[PathBuf], is_wanted: &dyn Fn(&str) -> bool) -> Tested {
     let mut tested = Tested::default();
     for path in paths {
         match test_file(path, &mint, now, is_wanted) {
-            Ok(report) => tested.report.append(report),
-            Err(unusable) => tested.unusable.push(unusable),
+            Ok((report, unusable)) => {
+                tested.report.append(report);
+                tested.unusable.extend(unusable);
+            }
+            Err(unusable) => {
+                tested.unusable.push(unusable);
+                tested.files_unusable += 1;
+            }
         }
     }
     tested
@@ -51,16 +59,19 @@ fn test_file(
     mint: &ThrowAway,
     now: u64,
     is_wanted: &dyn Fn(&str) -> bool,
-) -> Result<Report, UnusableCases> {
+) -> Result<(Report, Vec<UnusableCases>), UnusableCases> {
     let unusable = |reason| UnusableCases::File { path: path.to_owned(), reason };
     let text = file::read(path, CASES_BYTES_MAX).map_err(unusable)?;
     let document = only_document(&text).map_err(unusable)?;
     let library = Files::beside(path);
-    cases::run(&document, &library, mint, now, is_wanted).map_err(|invalid| UnusableCases::Field {
+    let field = |invalid: InvalidCases| UnusableCases::Field {
         path: path.to_owned(),
         line: invalid.line(&text),
         invalid,
-    })
+    };
+    let report = cases::run(&document, &library, mint, now, is_wanted).map_err(field)?;
+    let unusable = report.unusable().cloned().map(field).collect();
+    Ok((report, unusable))
 }
 
 fn only_document(text: &str) -> Result<Value, String> {

@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     policy::{
-        Attributes, ConnectionFacts, Presented, RequestDenialKind, RequestFacts, claims_of,
+        Attributes, ConnectionFacts, DenialReason, Presented, RequestDenial, RequestDenialKind, RequestFacts,
+        Verdict, claims_of,
         tokens::{TokenRules, Tokens},
     },
     workload::{Protocol, TransportMode},
@@ -186,6 +187,12 @@ pub(super) fn authenticate(check: &Check<'_>) -> Result<Found, InvalidCases> {
     let mut found = Found::default();
     let facts = match arrive(check, &world, offered(&check.case.request)?)? {
         Arrived::As(facts) => facts,
+        Arrived::Probe if !is_probe(&request.facts(), world.protocol) => {
+            refused(&mut found, "DENY", &not_declared(&request.facts()));
+            found.set("attributes", nobody());
+            found.reason = Some(NOT_DECLARED.to_owned());
+            return Ok(found);
+        }
         Arrived::Probe => {
             known(&mut found, world.protocol, &Attributes::default());
             found.reason = Some("a declared probe of the kubelet".to_owned());
@@ -193,12 +200,12 @@ pub(super) fn authenticate(check: &Check<'_>) -> Result<Found, InvalidCases> {
         }
         Arrived::Through(_) => {
             found.set("verdict", "PASS_THROUGH");
-            found.set("attributes", attributes(&Attributes::default()));
+            found.set("attributes", nobody());
             return Ok(found);
         }
         Arrived::Failed(policy, reason) => {
             closed(&mut found, "CONNECTION_FAILED");
-            found.set("attributes", attributes(&Attributes::default()));
+            found.set("attributes", nobody());
             found.policy = policy;
             found.reason = Some(reason);
             return Ok(found);
@@ -216,12 +223,28 @@ pub(super) fn authenticate(check: &Check<'_>) -> Result<Found, InvalidCases> {
         Err(denial) => {
             let is_bad_path = matches!(denial.kind, RequestDenialKind::BadPath(_));
             refused(&mut found, if is_bad_path { "DENY" } else { "UNAUTHENTICATED" }, &denial);
-            found.set("attributes", attributes(&Attributes::default()));
+            found.set("attributes", nobody());
             let fault = denial.token_fault.map(|fault| format!(": {fault}")).unwrap_or_default();
             found.decided(&denial.verdict, Some(format!("{}{fault}", denial.reason.label())));
         }
     }
     Ok(found)
+}
+
+/// What a workload can declare of the kubelet's requests (T-12): the path is the case's.
+pub(super) fn is_probe(request: &RequestFacts<'_>, protocol: Protocol) -> bool {
+    match protocol {
+        Protocol::Tcp => true,
+        Protocol::Http => request.method == "GET",
+        Protocol::Grpc => request.path == Some("/grpc.health.v1.Health/Check"),
+    }
+}
+
+pub(super) const NOT_DECLARED: &str = "the kubelet asks what no probe asks";
+
+pub(super) fn not_declared(request: &RequestFacts<'_>) -> RequestDenial {
+    let (kind, reason) = (RequestDenialKind::Denied, DenialReason::NoRuleAllows);
+    RequestDenial::new(kind, reason, Verdict::default(), request.headers)
 }
 
 impl World {
@@ -248,6 +271,11 @@ fn known(found: &mut Found, protocol: Protocol, known: &Attributes) {
         found.set("http_status", 200);
     }
     found.set("attributes", attributes(known));
+}
+
+/// Nobody proved anything.
+pub(super) fn nobody() -> Map<String, Value> {
+    attributes(&Attributes::default())
 }
 
 /// policy A-14

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use spiffe_id::SpiffeId;
 
 use super::{
-    authenticate::{Arrived, CaseRequest, Offered, arrive, offered},
+    authenticate::{Arrived, CaseRequest, NOT_DECLARED, Offered, arrive, is_probe, not_declared, offered},
     authorize::{allowed, closed, refused},
     check::{Check, Found},
     client::{UPSTREAM_FAILED, server_mode_of},
@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     policy::{
-        ClientFacts, ClientMode, ClientSetting, ConnectionFacts, Presented, RequestDenialKind, client_tls,
-        reason,
+        Chosen, ClientFacts, ClientMode, ClientSetting, ConnectionFacts, Presented, RequestDenialKind,
+        client_tls, reason,
         trial::{Given, Refusal},
     },
     workload::{Protocol, TransportMode},
@@ -60,6 +60,10 @@ pub(super) fn connect(check: &Check<'_>) -> Result<Found, InvalidCases> {
         }
     };
     match arrived {
+        Arrived::Probe if !is_probe(&request.facts(), world.protocol) => {
+            refused(&mut found, "DENY", &not_declared(&request.facts()));
+            found.reason = Some(NOT_DECLARED.to_owned());
+        }
         Arrived::Probe => {
             allowed(&mut found, world.protocol, check.case.request.text("request.path")?.as_deref());
             found.reason = Some("a declared probe of the kubelet".to_owned());
@@ -99,7 +103,7 @@ fn judge(world: &World, facts: &ConnectionFacts, request: &CaseRequest, found: &
         Err(denial) => {
             refused(found, "DENY", &denial);
             if matches!(denial.kind, RequestDenialKind::Unauthenticated(_)) {
-                found.also = Some("UNAUTHENTICATED");
+                found.also = Some(("verdict", "UNAUTHENTICATED"));
             }
             let fault = denial.token_fault.map(|fault| format!(": {fault}")).unwrap_or_default();
             let label = format!("{}{fault}", denial.reason.label());
@@ -156,7 +160,7 @@ fn stream(world: &World, facts: Option<&ConnectionFacts>, found: &mut Found) {
 
 /// A client without a proxy sees the connection end; a proxy answers for it (policy C).
 fn failed(found: &mut Found, protocol: Protocol, is_proxied: bool) {
-    found.also = Some("CONNECTION_FAILED");
+    found.also = Some(("verdict", "CONNECTION_FAILED"));
     match (protocol, is_proxied) {
         (Protocol::Http | Protocol::Grpc, true) => {
             found.set("verdict", "DENY");
@@ -183,14 +187,13 @@ fn caller(check: &Check<'_>, world: &World) -> Result<Caller, InvalidCases> {
     let rules = check.policies.objects.client_rules();
     let own = &*world.workload.name.namespace;
     let namespaces = [namespace.as_str(), own, check.file.mesh.root_namespace.as_str()];
-    let setting = world
-        .host
-        .as_deref()
-        .map_or(ClientSetting::Unsaid, |host| rules.setting(host, world.service_port, None, namespaces));
+    let setting = world.host.as_deref().map_or(ClientSetting::Unsaid, |host| {
+        rules.setting(host, world.service_port, Chosen::Labelled(&world.workload.labels), namespaces)
+    });
     let rule = match setting {
         ClientSetting::Unsaid => None,
-        ClientSetting::Tls(settings) => Some(settings),
-        ClientSetting::Refused(_) => {
+        ClientSetting::Tls(said) => Some(&**said.settings),
+        ClientSetting::Refused { .. } => {
             return Ok(Caller::Client { id, offered: Offered::Plaintext, reaches: false, is_proxied });
         }
     };

@@ -18,13 +18,22 @@ impl InvalidCases {
         Self { field: field.to_owned(), value: crate::decode::shown(value), expected: expected.into() }
     }
 
+    /// Whether the text of a policy set is at fault.
+    pub(super) fn is_of_a_set(&self) -> bool {
+        self.field.starts_with("policySets.")
+    }
+
     /// The line of `text`, from 1, where the field stands; that of its case where the field itself is not found.
     pub fn line(&self, text: &str) -> Option<usize> {
         let lines = || text.lines().enumerate().map(|(index, line)| (index + 1, line));
         let Some(rest) = self.field.strip_prefix("cases[") else {
             let key = self.field.split(['.', '[']).next().unwrap_or_default();
             let at_top = |line: &str| line.strip_prefix(key).is_some_and(|rest| rest.starts_with(':'));
-            return lines().find(|(_, line)| at_top(line)).map(|(number, _)| number);
+            let (top, _) = lines().find(|(_, line)| at_top(line))?;
+            let inner = self.field.strip_prefix("policySets.").map(|name| format!("{name}:"));
+            let within = inner
+                .and_then(|name| lines().skip(top).find(|(_, line)| line.trim_start().starts_with(&name)));
+            return Some(within.map_or(top, |(number, _)| number));
         };
         let (index, path) = rest.split_once(']')?;
         let index: usize = index.parse().ok()?;
@@ -164,12 +173,20 @@ impl Fields {
     }
 
     pub(super) fn list(&self, key: &str) -> Result<Vec<Fields>, InvalidCases> {
+        self.items(key)?.into_iter().map(|(path, value)| Fields::new(&path, value)).collect()
+    }
+
+    /// The entries of a list, each with its path, whatever their shape.
+    pub(super) fn items(&self, key: &str) -> Result<Vec<(String, &Value)>, InvalidCases> {
         match self.at(key) {
             None => Ok(Vec::new()),
             Some(Value::Array(list)) => {
                 let path = self.path_of(key);
-                let each = list.iter().enumerate();
-                each.map(|(index, value)| Fields::new(&format!("{path}[{index}]"), value)).collect()
+                Ok(list
+                    .iter()
+                    .enumerate()
+                    .map(|(index, value)| (format!("{path}[{index}]"), value))
+                    .collect())
             }
             Some(_) => Err(self.invalid(key, "a list of mappings")),
         }
@@ -187,6 +204,34 @@ impl Fields {
             let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
             self.invalid(key, format!("one of {}", names.join(", ")))
         })
+    }
+
+    /// Joins `request.auth.claims[groups]: x` to the mapping `request.auth.claims: {groups: x}`, as policies write it.
+    pub(super) fn unbracketed(mut self, names: &[&str]) -> Self {
+        let bracketed: Vec<String> = self.map.keys().filter(|key| key.ends_with(']')).cloned().collect();
+        for key in bracketed {
+            let Some((outer, inner)) = key.strip_suffix(']').and_then(|key| key.split_once('[')) else {
+                continue;
+            };
+            if !names.contains(&outer) || inner.is_empty() {
+                continue;
+            }
+            let value = self.map.remove(&key).unwrap_or_default();
+            let written = self.map.entry(outer).or_insert_with(|| Value::Object(Map::new()));
+            if written.is_null() {
+                *written = Value::Object(Map::new());
+            }
+            match written {
+                Value::Object(map) => {
+                    map.insert(inner.to_owned(), value);
+                }
+                // Two ways to write it that contradict each other: the bracketed key is refused by name.
+                _ => {
+                    self.map.insert(key, value);
+                }
+            }
+        }
+        self
     }
 }
 

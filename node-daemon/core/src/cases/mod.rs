@@ -21,7 +21,10 @@ mod world;
 
 use serde_json::Value;
 
-use self::{check::Check, file::CaseFile};
+use self::{
+    check::Check,
+    file::{CaseFile, CheckKind, Policies, WrittenCase},
+};
 pub use self::{
     fields::InvalidCases,
     report::{Outcome, Report},
@@ -43,7 +46,8 @@ pub trait Library {
     fn load(&self, path: &str) -> Result<Vec<(String, Vec<Value>)>, String>;
 }
 
-/// Runs the cases whose name `is_wanted`. `now` is in seconds since 1970.
+/// Runs the cases whose name `is_wanted`. `now` is in seconds since 1970. A case that cannot be used is told in its
+/// outcome; the others are run.
 ///
 /// # Errors
 /// Where the file cannot be used as it stands: nothing was run then.
@@ -55,11 +59,19 @@ pub fn run(
     is_wanted: &dyn Fn(&str) -> bool,
 ) -> Result<Report, InvalidCases> {
     let file = CaseFile::read(file, library)?;
-    let mut cases = Vec::new();
-    for case in file.cases.iter().filter(|case| is_wanted(&case.name)) {
-        let policies = file.policies(case, library)?;
-        let check = Check { file: &file, case, policies: &policies, mint, now };
-        cases.push(check.run()?);
-    }
-    Ok(Report { cases })
+    let run = |written: &WrittenCase| {
+        let case = written.read.as_ref().map_err(InvalidCases::clone)?;
+        let policies = match (file.policies(case, library), case.check) {
+            // What is no YAML is no object that anybody admits (policy A-3).
+            (Err(unreadable), CheckKind::Validate) if unreadable.is_of_a_set() => {
+                Policies::unparsed(&unreadable)
+            }
+            (policies, _) => policies?,
+        };
+        Check { file: &file, case, policies: &policies, mint, now }.run()
+    };
+    let wanted = file.cases.iter().filter(|written| is_wanted(&written.name));
+    let cases = wanted
+        .map(|written| run(written).unwrap_or_else(|invalid| Outcome::unusable(&written.name, invalid)));
+    Ok(Report { cases: cases.collect() })
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::compare::Difference;
+use super::{compare::Difference, fields::InvalidCases};
 
 /// One case.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,6 +16,8 @@ pub struct Outcome {
     pub rule: Option<String>,
     /// The attribute that decided, in words.
     pub reason: Option<String>,
+    /// Why the case could not be run: it holds as little as one that falls short.
+    pub unusable: Option<InvalidCases>,
     pub(super) differences: Vec<Difference>,
 }
 
@@ -32,6 +34,11 @@ impl Report {
 
     pub fn failed(&self) -> usize {
         self.cases.len() - self.passed()
+    }
+
+    /// Why cases could not be run.
+    pub fn unusable(&self) -> impl Iterator<Item = &InvalidCases> {
+        self.cases.iter().filter_map(|case| case.unusable.as_ref())
     }
 
     /// Cases of another file behind these.
@@ -63,7 +70,23 @@ impl Report {
 }
 
 impl Outcome {
+    pub(super) fn unusable(name: &str, invalid: InvalidCases) -> Self {
+        Self {
+            name: name.to_owned(),
+            pass: false,
+            got: Map::new(),
+            policy: None,
+            rule: None,
+            reason: Some(format!("it cannot be run: {invalid}")),
+            unusable: Some(invalid),
+            differences: Vec::new(),
+        }
+    }
+
     fn line(&self) -> String {
+        if let Some(invalid) = &self.unusable {
+            return format!("{}: it cannot be run: {invalid}", self.name);
+        }
         let differences: Vec<String> = self
             .differences
             .iter()

@@ -101,9 +101,13 @@ fn the_cases_of_this_project_hold() {
     let mut all = Report::default();
     for name in &names {
         let text = fs::read_to_string(name).expect("the file can be read");
-        let report = run_text(&text).unwrap_or_else(|invalid| {
+        let unusable = |invalid: &InvalidCases| {
             panic!("{}:{}: {invalid}", name.display(), invalid.line(&text).unwrap_or_default())
-        });
+        };
+        let report = run_text(&text).unwrap_or_else(|invalid| unusable(&invalid));
+        if let Some(invalid) = report.unusable().next() {
+            unusable(invalid);
+        }
         assert!(!report.cases.is_empty(), "{} holds no case", name.display());
         all.append(report);
     }
@@ -199,8 +203,220 @@ fn policies_come_from_sets_then_from_files_in_any_order() {
 
 #[track_caller]
 fn unusable(text: &str, field: &str, line: usize) {
-    let invalid = run_text(text).expect_err("the file cannot be used");
+    let invalid = match run_text(text) {
+        Err(invalid) => invalid,
+        Ok(report) => {
+            let case = report.cases.last().expect("a case");
+            assert!(!case.pass && case.got.is_empty(), "{case:?}");
+            case.unusable.clone().expect("the case cannot be used")
+        }
+    };
     assert_eq!((invalid.field.as_str(), invalid.line(text)), (field, Some(line)), "{invalid}");
+}
+
+#[test]
+fn beside_a_case_that_cannot_be_used_the_others_are_run() {
+    let text = "version: \"1\"
+policySets: {broken: \"a: [\"}
+cases:
+- {name: first, expect: {verdict: ALLOW}}
+- {name: second, check: look, expect: {verdict: ALLOW}}
+- {name: third, policies: [broken], expect: {verdict: ALLOW}}
+- {policies: [broken], expect: {verdict: ALLOW}}
+- 7
+- {name: last, expect: {verdict: DENY}}
+";
+    let report = run_text(text).expect("the file can be used");
+    assert_eq!((report.passed(), report.failed(), report.unusable().count()), (1, 5, 4));
+    let lines = report.lines();
+    assert!(lines[0].starts_with("second: it cannot be run: cases[1].check: \"look\""), "{lines:?}");
+    assert!(lines[1].starts_with("third: it cannot be run: policySets.broken"), "{lines:?}");
+    assert!(lines[2].starts_with("cases[3]: it cannot be run: cases[3].name"), "{lines:?}");
+    assert!(lines[3].starts_with("cases[4]: it cannot be run: cases[4]: 7"), "{lines:?}");
+    assert!(lines[4].starts_with("last: verdict: "), "{lines:?}");
+    let json = report.json();
+    assert_eq!((&json["passed"], &json["failed"]), (&json!(1), &json!(5)));
+    assert_eq!((&json["cases"][1]["pass"], &json["cases"][1]["got"]), (&json!(false), &json!({})));
+}
+
+/// A file with one set.
+fn with_set(set: &str, case: &str) -> String {
+    let set = set.lines().map(|line| format!("    {line}\n")).collect::<String>();
+    format!("version: 1\npolicySets:\n  p: |\n{set}cases:\n- {{name: a, policies: [p], {case}}}\n")
+}
+
+#[test]
+fn a_document_that_nobody_can_place_denies_as_it_does_in_the_daemon() {
+    // T-19
+    let request = "destination.service: b.apps.svc.cluster.local, destination.port: 80";
+    let http = format!("request: {{protocol: http, {request}}}");
+    let tcp = format!("request: {{protocol: tcp, {request}}}");
+    for set in [
+        "kind: MeshPolicy\nmetadata: {name: default}",
+        "apiVersion: authentication.istio.io/v1alpha1\nkind: MeshPolicy",
+        "apiVersion: authentication.istio.io/v1alpha1\nkind: Policy\nmetadata: {name: A_B, namespace: apps}",
+        "apiVersion: v1\nkind: List\nitems: []",
+        "- a list",
+        "text",
+    ] {
+        for case in [
+            format!("{http}, expect: {{verdict: DENY, http_status: 403, body: \"RBAC: access denied\"}}"),
+            format!("{tcp}, expect: {{verdict: DENY, tcp: closed-without-data}}"),
+            format!("check: connect, {http}, expect: {{verdict: DENY}}"),
+            format!(
+                "check: authenticate, {http}, expect: {{verdict: CONNECTION_FAILED, attributes: {{source.principal: null}}}}"
+            ),
+        ] {
+            let report = run_text(&with_set(set, &case)).expect("the file can be used");
+            assert_eq!(report.failed(), 0, "{set}: {case}: {:?}", report.lines());
+        }
+    }
+    let harmless = "apiVersion: v1\nkind: Service\nmetadata: {name: A_B}";
+    let report = run_text(&with_set(harmless, &format!("{http}, expect: {{verdict: ALLOW}}"))).unwrap();
+    assert_eq!(report.failed(), 0, "{:?}", report.lines());
+}
+
+#[test]
+fn a_set_that_is_no_yaml_holds_no_valid_object() {
+    // policy A-3
+    let text = "version: 1
+policySets: {broken: \"kind: Policy\\nspec: [\"}
+cases:
+- {name: a, check: validate, policies: [broken], request: {object: Policy}, expect: {valid: false}}
+";
+    let report = run_text(text).unwrap();
+    assert_eq!(report.failed(), 0, "{:?}", report.lines());
+}
+
+#[test]
+fn maps_may_be_written_with_brackets() {
+    let set = "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a, namespace: apps}
+spec:
+  selector: {matchLabels: {tier: x}}
+  rules:
+  - when: [{key: \"request.auth.claims[g]\", values: [v]}, {key: \"request.headers[h]\", values: [w]}]";
+    for (attributes, verdict) in [
+        (
+            "\"destination.labels[tier]\": x, \"request.auth.claims[g]\": [u, v], \"request.headers[H]\": w",
+            "ALLOW",
+        ),
+        (
+            "\"destination.labels[tier]\": x, request.auth.claims: {a: [b]}, \"request.auth.claims[g]\": [v], request.headers: {h: w}",
+            "ALLOW",
+        ),
+        (
+            "\"destination.labels[tier]\": x, \"request.auth.claims[g]\": [u], \"request.headers[h]\": w",
+            "DENY",
+        ),
+        ("\"destination.labels[tier]\": y, \"request.auth.claims[g]\": [u]", "ALLOW"),
+    ] {
+        let case = format!(
+            "request: {{destination.service: b.apps.svc.cluster.local, {attributes}}}, expect: {{verdict: {verdict}}}"
+        );
+        let report = run_text(&with_set(set, &case)).unwrap();
+        assert_eq!(report.failed(), 0, "{attributes}: {:?}", report.lines());
+    }
+    unusable(
+        "version: 1\ncases:\n- {name: a, request: {\"source.ip[x]\": y}, expect: {verdict: ALLOW}}\n",
+        "cases[0].request.source.ip[x]",
+        3,
+    );
+}
+
+#[test]
+fn of_the_kubelet_only_what_a_probe_asks_passes() {
+    // T-12, policy H-4
+    for (asked, expect) in [
+        ("protocol: http, request.method: GET", "verdict: ALLOW, http_status: 200"),
+        ("protocol: http", "verdict: ALLOW, http_status: 200"),
+        ("protocol: http, request.method: POST", "verdict: DENY, http_status: 403"),
+        ("protocol: http, request.method: HEAD", "verdict: DENY, http_status: 403"),
+        (
+            "protocol: grpc, request.method: POST, request.path: /grpc.health.v1.Health/Check",
+            "verdict: ALLOW",
+        ),
+        (
+            "protocol: grpc, request.method: POST, request.path: /grpc.health.v1.Health/Watch",
+            "verdict: DENY, grpc_status: 7",
+        ),
+        ("protocol: tcp", "verdict: ALLOW"),
+    ] {
+        for check in ["authenticate", "connect"] {
+            let case = format!(
+                "check: {check}, request: {{client.kind: kubelet, destination.service: b.apps.svc.cluster.local, destination.port: 80, {asked}}}, expect: {{{expect}}}"
+            );
+            let report = run_text(&with_set(STRICT, &case)).unwrap();
+            assert_eq!(report.failed(), 0, "{asked}: {:?}", report.lines());
+        }
+    }
+}
+
+#[test]
+fn a_mesh_wide_policy_of_the_current_api_is_named_with_or_without_its_namespace() {
+    // policy F-1
+    let set = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: m, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}";
+    for (namespace, failed) in [("\"\"", 0), ("istio-system", 0), ("apps", 1), ("null", 1)] {
+        let case = format!(
+            "check: select, request: {{destination.service: b.apps.svc.cluster.local, destination.service_port: 80}}, expect: {{policy: m, policy_namespace: {namespace}}}"
+        );
+        assert_eq!(run_text(&with_set(set, &case)).unwrap().failed(), failed, "{namespace}");
+    }
+}
+
+#[test]
+fn every_way_to_write_yaml_is_one_way() {
+    let text = "%YAML 1.2
+---
+# A comment.
+version: 1
+policySets:
+  nothing: \"\"
+  comments: |
+    # only this
+    ---
+    ---
+  strict: &strict |
+    ---
+    apiVersion: \"authentication.istio.io/v1alpha1\"
+    kind: 'MeshPolicy'
+    metadata:
+      name: default
+      creationTimestamp: null
+    spec:
+      peers:
+      - mtls:
+    ...
+  json: '{\"apiVersion\":\"authentication.istio.io/v1alpha1\",\"kind\":\"MeshPolicy\",\"metadata\":{\"name\":\"default\"},\"spec\":{\"peers\":[{\"mtls\":null}]}}'
+  again: *strict
+cases:
+- name: anchored
+  check: select
+  policies: [strict, again, json, nothing, comments]
+  request: &request
+    destination.service: b.apps.svc.cluster.local
+    destination.service_port: \"80\"
+  expect: {policy: default, policy_namespace: '', mtls: STRICT}
+- {name: !!str merged, check: select, policies: !!seq [json], request: {<<: *request, destination.port: 0x50}, expect: {mtls: STRICT}}
+- name: >-
+    folded
+    name
+  check: \"select\"
+  policies: again
+  request: {<<: *request}
+  expect:
+    ? mtls
+    : STRICT
+- {name: nothing given, check: select, policies: null, request: *request, expect: {policy: null, policy_namespace: ~, mtls: NONE}}
+- {name: 7, check: null, policies: [], request: null, expect: {verdict: ALLOW, http_status: \"200\", tcp: null}}
+";
+    let report = run_text(text).expect("the file can be used");
+    assert_eq!((report.passed(), report.failed()), (5, 0), "{:?}", report.lines());
+    let names: Vec<&str> = report.cases.iter().map(|case| case.name.as_str()).collect();
+    assert_eq!(names, ["anchored", "merged", "folded name", "nothing given", "7"]);
+    let windows = run_text(&text.replace('\n', "\r\n")).expect("lines may end as on Windows");
+    assert_eq!((windows.passed(), windows.failed()), (5, 0), "{:?}", windows.lines());
 }
 
 #[test]
@@ -210,7 +426,11 @@ fn a_file_that_cannot_be_used_is_named_by_field_and_line() {
     unusable("version: 1\ncase: []\n", "case", 2);
     unusable("version: 1\ntrustDomain: A_B\ncases: []\n", "trustDomain", 2);
     unusable("version: 1\ndefaultMode: LAX\ncases: []\n", "defaultMode", 2);
-    unusable("version: 1\npolicySets: {a: \"{\"}\ncases: []\n", "policySets.a", 2);
+    unusable(
+        "version: 1\npolicySets:\n  a: \"{\"\ncases: [{name: a, policies: [a], expect: {verdict: ALLOW}}]\n",
+        "policySets.a",
+        3,
+    );
     unusable(&case("{connection.tls: maybe}"), "cases[0].request.connection.tls", 12);
     unusable(&case("{protocol: udp}"), "cases[0].request.protocol", 12);
     unusable(&case("{request.verb: GET}"), "cases[0].request.request.verb", 12);

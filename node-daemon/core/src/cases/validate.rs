@@ -36,6 +36,11 @@ pub(super) fn validate(check: &Check<'_>) -> Result<Found, InvalidCases> {
 /// Every object of the kind among the policies must be good.
 fn object(check: &Check<'_>, kind: &str, found: &mut Found) -> Result<(), InvalidCases> {
     let policies = check.policies;
+    if let Some(reason) = &policies.unparsed {
+        found.set("valid", false);
+        found.reason = Some(reason.clone());
+        return Ok(());
+    }
     let refused =
         policies.refused.iter().find(|invalid| invalid.kind_name == kind || invalid.kind_name.is_empty());
     let is_there = policies.read.iter().any(|object| object.kind == kind);

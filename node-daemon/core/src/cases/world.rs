@@ -47,15 +47,7 @@ pub(super) struct World {
 impl World {
     pub(super) fn new(check: &Check<'_>) -> Result<Self, InvalidCases> {
         let request = &check.case.request;
-        let protocol = request.one_of(
-            "protocol",
-            &[
-                ("http", Protocol::Http),
-                ("http2", Protocol::Http),
-                ("grpc", Protocol::Grpc),
-                ("tcp", Protocol::Tcp),
-            ],
-        )?;
+        let protocol = protocol(request)?;
         let (port, service_port) =
             (request.port("destination.port")?, request.port("destination.service_port")?);
         let target = port.or(service_port).unwrap_or(NO_PORT);
@@ -102,6 +94,19 @@ impl World {
             protocol,
         })
     }
+}
+
+/// What is spoken at the destination's port.
+pub(super) fn protocol(request: &Fields) -> Result<Protocol, InvalidCases> {
+    request.one_of(
+        "protocol",
+        &[
+            ("http", Protocol::Http),
+            ("http2", Protocol::Http),
+            ("grpc", Protocol::Grpc),
+            ("tcp", Protocol::Tcp),
+        ],
+    )
 }
 
 /// The first part of a service's name.
@@ -172,6 +177,9 @@ pub(super) fn select(check: &Check<'_>) -> Result<Found, InvalidCases> {
         [_, namespace, name] => (Value::from(name), Value::from(namespace)),
         _ => (Value::Null, Value::Null),
     };
+    if namespace == *check.file.mesh.root_namespace {
+        found.also = Some(("policy_namespace", "")); // the mesh-wide one, which lives in the root namespace (policy F-1)
+    }
     found.set("policy", name);
     found.set("policy_namespace", namespace);
     found.set(
