@@ -12,16 +12,20 @@
 //! 6. [`attest`]: facts of the kernel -> [`Attested`](attest::Attested).
 //! 7. [`tunnel`]: the tunnel's header, the key of its pool.
 //! 8. [`kernel_plan`]: from what the kernel knows to what it should know.
-//! 9. [`rotation`]: when to renew, to back off, to give up.
-//! 10. [`cases`]: cases of operators, run through the evaluator that enforces.
+//! 9. [`pairs`]: what of it the kernel may decide by itself, between pods of one node.
+//! 10. [`rotation`]: when to renew, to back off, to give up.
+//! 11. [`cases`]: cases of operators, run through the evaluator that enforces.
+//! 11. [`audit`]: the decision log's lines, and whether a log is as it was written.
 //!
 //! Not here: clocks, randomness, sockets, files, locks, Kubernetes. Times and seeds are arguments.
 #![forbid(unsafe_code)]
 
 pub mod attest;
+pub mod audit;
 pub mod cases;
 pub mod decode;
 pub mod kernel_plan;
+pub mod pairs;
 pub mod policy;
 pub mod rotation;
 mod seed;

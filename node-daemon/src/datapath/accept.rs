@@ -1,13 +1,17 @@
 //! Where connections come in: three listeners per workload, limits per workload and per node, the original target.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr, TcpListener as StdListener},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use futures_util::FutureExt as _;
-use node_core::{snapshot::Snapshot, workload::ObjectName};
+use node_core::{
+    snapshot::Snapshot,
+    workload::{ObjectName, Workload},
+};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -97,6 +101,34 @@ pub(super) struct Site {
     closing: CancellationToken,
     /// Everything of this site ends.
     gone: CancellationToken,
+}
+
+/// Where connections come in at present.
+#[derive(Default)]
+pub(super) struct Sites(Mutex<BTreeMap<ObjectName, Arc<Site>>>);
+
+impl Sites {
+    /// Gives the one that had this name before.
+    pub(super) fn insert(&self, name: ObjectName, site: Arc<Site>) -> Option<Arc<Site>> {
+        self.lock().insert(name, site)
+    }
+
+    pub(super) fn remove(&self, name: &ObjectName) -> Option<Arc<Site>> {
+        self.lock().remove(name)
+    }
+
+    /// The one of this workload: its own, or the host's.
+    pub(super) fn of(&self, workload: &Workload) -> Option<Arc<Site>> {
+        let sites = self.lock();
+        if workload.is_host() {
+            return sites.values().find(|site| site.is_host).cloned();
+        }
+        sites.get(&workload.name).cloned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ObjectName, Arc<Site>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A connection that was accepted, armed: dropped as it is, it is reset.
@@ -212,6 +244,16 @@ impl Site {
             Err(_) => return Err(full("connections_per_node_max")),
         };
         Ok(Place { _own: own, _node: node })
+    }
+
+    /// A share of the workload's limit for a connection that has its place of the node already, or none: its client is told.
+    pub(super) fn share_now(&self, shared: &Shared) -> Result<Place, Ending> {
+        const LIMIT: &str = "connections_per_workload_max";
+        let own = Arc::clone(&self.connections).try_acquire_owned().map_err(|_| {
+            self.tell(&shared.events, LIMIT);
+            Ending::failed(Reason::Limit, LIMIT)
+        })?;
+        Ok(Place { _own: own, _node: None })
     }
 
     fn is_below_reserve(&self) -> bool {

@@ -10,7 +10,7 @@ use node_core::{
 
 use super::{
     Shared,
-    live::{Judged, Registration},
+    live::{Judged, Registration, TakenWay},
     record::{Ending, Record},
     requests::Flights,
 };
@@ -21,23 +21,29 @@ pub(super) enum Admitted {
     Requests(Arc<Flights>, Registration),
 }
 
-/// Admits an inbound connection, or says who refused it and why.
+/// Admits an inbound connection, or says who refused it and why. One that comes from inside the node has a way of its own.
 pub(super) fn admit(
     shared: &Shared,
     facts: ConnectionFacts,
+    way: Option<TakenWay>,
     record: &mut Record,
 ) -> Result<Admitted, Ending> {
     let snapshot = shared.snapshot();
     record.judged_by(snapshot.number());
+    let judged = |by| match way {
+        Some(way) => Judged::Local(way, Box::new(by)),
+        None => by,
+    };
     match snapshot.admit(&facts)? {
         Admission::Stream(permit) => {
             record.allowed_by(permit.verdict());
-            let registration = enter(shared, Judged::Inbound(facts), &snapshot, record)?;
+            let registration = enter(shared, judged(Judged::Inbound(facts)), &snapshot, record)?;
             Ok(Admitted::Stream(permit, registration))
         }
         Admission::Requests => {
             let flights = Arc::new(Flights::new(facts, Arc::clone(&shared.keys)));
-            let registration = enter(shared, Judged::Requests(Arc::clone(&flights)), &snapshot, record)?;
+            let judged = judged(Judged::Requests(Arc::clone(&flights)));
+            let registration = enter(shared, judged, &snapshot, record)?;
             Ok(Admitted::Requests(flights, registration))
         }
     }

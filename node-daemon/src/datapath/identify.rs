@@ -4,7 +4,8 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use node_core::{
-    attest::{Attested, attest, attest_within_host},
+    attest::{Attested, NotAttested, attest, attest_within_host},
+    policy::DenialReason,
     snapshot::Snapshot,
     workload::{ObjectName, TransportMode, Workload},
 };
@@ -51,8 +52,7 @@ pub(super) fn source(
     opener: &ObjectName,
     client: SocketAddr,
 ) -> Result<Attested, Ending> {
-    attest(snapshot, opener, client.ip())
-        .map_err(|not_attested| Ending::denied(Reason::NotAttested, not_attested))
+    attest(snapshot, opener, client.ip()).map_err(|not_attested| refused(&not_attested))
 }
 
 /// The local process of a host that dials one of the host's own services, if it is a workload's (T-27). To be asked once for
@@ -70,8 +70,24 @@ pub(super) fn local_client(
         .ground()
         .local_client(client, target)
         .map_err(|error| Ending::failed(Reason::System, format!("whose process it is: {error}")))?;
-    let attested = name.and_then(|name| attest_within_host(snapshot, &name, client.ip()).ok());
-    Ok(attested.map(|attested| Arc::clone(attested.workload())))
+    let Some(name) = name else { return Ok(None) };
+    match attest_within_host(snapshot, &name, client.ip()) {
+        Ok(attested) => Ok(Some(Arc::clone(attested.workload()))),
+        // It must not pass as nobody either.
+        Err(barred @ NotAttested::Barred(_)) => Err(refused(&barred)),
+        Err(_) => Ok(None),
+    }
+}
+
+fn refused(not_attested: &NotAttested) -> Ending {
+    let reason = match not_attested {
+        NotAttested::Barred(_) => Reason::Policy(DenialReason::IdentityBarred),
+        NotAttested::Unknown(_)
+        | NotAttested::NotEnrolled(_)
+        | NotAttested::OtherNode { .. }
+        | NotAttested::ForeignAddress { .. } => Reason::NotAttested,
+    };
+    Ending::denied(reason, not_attested)
 }
 
 /// What a client on the workload's own port began with.

@@ -24,7 +24,7 @@ use super::{
     carry::{Prefixed, Side, carry},
     deliver::deliver,
     identify::{self, Spoken},
-    live::Registration,
+    live::{Registration, TakenWay},
     record::{Ending, Record, known_end, protocol_of, proven_end, workload_end},
     requests::{self, Flights},
     tunnel::{self, Asked, HandshakeFailed, Secured},
@@ -64,17 +64,18 @@ async fn come_in(
     if let Some(local) = local {
         record.learn(|ends| ends.source = workload_end(&local, client));
         let presented = Presented::Attested(local.identity.clone());
-        return through(shared, site, stream, facts(presented), record).await;
+        return through(shared, site, stream, facts(presented), None, record).await;
     }
     let mode = snapshot.transport_mode(&destination, target.port());
     if mode == TransportMode::Disabled {
-        return through(shared, site, stream, facts(Presented::Plaintext), record).await;
+        return through(shared, site, stream, facts(Presented::Plaintext), None, record).await;
     }
     let turn = site.hello(&shared.events).await?;
     match identify::listen(&mut stream, mode).await? {
         Spoken::Plain(prefix) => {
             drop(turn);
-            through(shared, site, Prefixed::new(prefix, stream), facts(Presented::Plaintext), record).await
+            let client = Prefixed::new(prefix, stream);
+            through(shared, site, client, facts(Presented::Plaintext), None, record).await
         }
         Spoken::MeshTls(hello) => {
             let credentials = credentials(shared, &destination).await?;
@@ -85,20 +86,21 @@ async fn come_in(
             let Secured { stream, peer, tls, server_name } = secured.map_err(|failed| refused(&failed))?;
             learn_peer(record, &snapshot, client, &peer, tls);
             let presented = Presented::MeshTls { peer: peer.identity, server_name };
-            through(shared, site, stream, facts(presented), record).await
+            through(shared, site, stream, facts(presented), None, record).await
         }
     }
 }
 
-/// Asks the policy; delivers and relays, or serves request by request.
-async fn through<C: Side + Send + 'static>(
+/// Asks the policy; delivers and relays, or serves request by request. `way`: of a connection from inside the node.
+pub(super) async fn through<C: Side + Send + 'static>(
     shared: &Arc<Shared>,
     site: &Arc<Site>,
     client: C,
     facts: ConnectionFacts,
+    way: Option<TakenWay>,
     record: &mut Record,
 ) -> Result<Ending, Ending> {
-    match admit_and_deliver(shared, site, facts, record).await? {
+    match admit_and_deliver(shared, site, facts, way, record).await? {
         Reached::Stream(server, registration) => {
             record.opened();
             Ok(carry(client, server, record, &registration).await)
@@ -122,11 +124,12 @@ async fn admit_and_deliver(
     shared: &Shared,
     site: &Site,
     facts: ConnectionFacts,
+    way: Option<TakenWay>,
     record: &mut Record,
 ) -> Result<Reached, Ending> {
     let target = SocketAddr::new(facts.destination_address, facts.destination_port);
     let (client, workload) = (facts.source_address, facts.destination.name.clone());
-    let (permit, registration) = match admit(shared, facts, record)? {
+    let (permit, registration) = match admit(shared, facts, way, record)? {
         Admitted::Stream(permit, registration) => (permit, registration),
         Admitted::Requests(flights, registration) => return Ok(Reached::Requests(flights, registration)),
     };
@@ -375,7 +378,7 @@ async fn stream_to_workload(
     let presented = Presented::Tunnel(tunnelled.peer.identity.clone());
     // The tunnel's own address is the source's (T-9); nothing that the client writes about itself is read.
     let facts = facts(&destination, target, tunnelled.client, presented);
-    let reached = admit_and_deliver(shared, site, facts, record).await?;
+    let reached = admit_and_deliver(shared, site, facts, None, record).await?;
     Ok((reached, place))
 }
 

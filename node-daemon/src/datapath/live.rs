@@ -14,7 +14,7 @@ use std::{
 };
 
 use node_core::{
-    policy::{Admission, ConnectionFacts, Denial, Verdict as Deciding},
+    policy::{Admission, ConnectionFacts, Denial, DenialReason, Verdict as Deciding},
     snapshot::{Route, RouteRefusal, Snapshot},
     workload::{ObjectName, Workload},
 };
@@ -37,9 +37,24 @@ pub(super) enum Judged {
     /// The same policy, which judges each request.
     Requests(Arc<Flights>),
     /// Route, secure naming and enrolment of the source, which runs here.
-    Tunnel { source: Arc<Workload>, target: SocketAddr, seed: u64, endpoint: SocketAddr, peer: SpiffeId },
+    Tunnel(TakenWay),
+    /// Both: it stays inside the node.
+    Local(TakenWay, Box<Judged>),
     /// Still outside the mesh?
     Passthrough { source: Arc<Workload>, target: SocketAddr },
+}
+
+/// The way through the mesh that a connection took, in a form that can be asked again.
+#[derive(Clone)]
+pub(super) struct TakenWay {
+    pub(super) source: Arc<Workload>,
+    /// Where the application dialled.
+    pub(super) target: SocketAddr,
+    pub(super) seed: u64,
+    /// Where the destination is reached.
+    pub(super) endpoint: SocketAddr,
+    /// Who answers there.
+    pub(super) peer: SpiffeId,
 }
 
 /// Why an open connection is ended from this side.
@@ -64,23 +79,10 @@ impl Judged {
         match self {
             Self::Inbound(facts) => judge_inbound(facts, snapshot),
             Self::Requests(flights) => judge_requests(flights, snapshot),
-            Self::Tunnel { source, target, seed, endpoint, peer } => {
-                still_here(source, snapshot)?;
-                match snapshot.route(source, *target, *seed) {
-                    Route::Tunnel { allowed, .. } if allowed.contains(peer) => {
-                        // The endpoint may be another by now; this one must still be the mesh's.
-                        let there = snapshot.workload_at(endpoint.ip(), endpoint.port());
-                        if there.is_some_and(|there| there.enrolled) {
-                            Ok(None)
-                        } else {
-                            Err(Cut::Rerouted(None))
-                        }
-                    }
-                    Route::Refused(refusal) => Err(Cut::Rerouted(Some(refusal))),
-                    Route::Tunnel { .. } | Route::Passthrough { .. } | Route::Unknown => {
-                        Err(Cut::Rerouted(None))
-                    }
-                }
+            Self::Tunnel(way) => way.judge(snapshot).map(|()| None),
+            Self::Local(way, destination) => {
+                way.judge(snapshot)?;
+                destination.judge(snapshot)
             }
             Self::Passthrough { source, target } => {
                 still_here(source, snapshot)?;
@@ -93,13 +95,39 @@ impl Judged {
         }
     }
 
-    fn workload(&self) -> &ObjectName {
+    /// Whether this workload of the node is at one of its ends.
+    fn is_of(&self, name: &ObjectName) -> bool {
         match self {
-            Self::Inbound(facts) => &facts.destination.name,
-            Self::Requests(flights) => &flights.connection().destination.name,
-            Self::Tunnel { source, .. } | Self::Passthrough { source, .. } => &source.name,
+            Self::Inbound(facts) => facts.destination.name == *name,
+            Self::Requests(flights) => flights.connection().destination.name == *name,
+            Self::Tunnel(TakenWay { source, .. }) | Self::Passthrough { source, .. } => source.name == *name,
+            Self::Local(way, destination) => way.source.name == *name || destination.is_of(name),
         }
     }
+}
+
+impl TakenWay {
+    /// Does it still lead there, and may that peer still answer?
+    fn judge(&self, snapshot: &Snapshot) -> Result<(), Cut> {
+        still_here(&self.source, snapshot)?;
+        if snapshot.is_barred(&self.peer) {
+            return Err(denied(barred()));
+        }
+        match snapshot.route(&self.source, self.target, self.seed) {
+            Route::Tunnel { allowed, .. } if allowed.contains(&self.peer) => {
+                // The endpoint may be another by now; this one must still be the mesh's.
+                let there = snapshot.workload_at(self.endpoint.ip(), self.endpoint.port());
+                if there.is_some_and(|there| there.enrolled) { Ok(()) } else { Err(Cut::Rerouted(None)) }
+            }
+            Route::Refused(refusal) => Err(Cut::Rerouted(Some(refusal))),
+            Route::Tunnel { .. } | Route::Passthrough { .. } | Route::Unknown => Err(Cut::Rerouted(None)),
+        }
+    }
+}
+
+/// The answer to and from an identity as which nobody may speak.
+pub(super) fn barred() -> Denial {
+    Denial { reason: DenialReason::IdentityBarred, verdict: Deciding::default() }
 }
 
 fn judge_inbound(facts: &ConnectionFacts, snapshot: &Snapshot) -> Judgement {
@@ -140,7 +168,10 @@ fn still_here(source: &Workload, snapshot: &Snapshot) -> Result<(), Cut> {
             && now.node == source.node
             && now.addresses == source.addresses
     });
-    if here { Ok(()) } else { Err(Cut::WorkloadLeft) }
+    if !here {
+        return Err(Cut::WorkloadLeft);
+    }
+    if snapshot.is_barred(&source.identity) { Err(denied(barred())) } else { Ok(()) }
 }
 
 /// One open connection.
@@ -242,7 +273,7 @@ impl Live {
 
     /// Ends all connections of one workload.
     pub(super) fn cut_workload(&self, name: &ObjectName) {
-        for entry in self.lock().values().filter(|entry| entry.judged.workload() == name) {
+        for entry in self.lock().values().filter(|entry| entry.judged.is_of(name)) {
             entry.end(Cut::WorkloadLeft);
         }
     }

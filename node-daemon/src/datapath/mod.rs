@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! outbound   workload --> [accept] --> [identify] attest --> route --> [tunnel] ==mTLS==> (other node)
+//!                                                              |--> a workload of this node: [relay] --> [authorise] --> [deliver]
 //!                                                              |--> outside the mesh: a plain relay
 //! inbound    (other node) ==mTLS==> [accept] [tunnel] --> [identify] peer --> [authorise] --> [deliver] --> workload
 //!            client on the workload's port --> [accept] --> [identify] mesh TLS or plaintext --> [authorise] --> [deliver]
@@ -24,6 +25,7 @@ mod inbound;
 mod live;
 mod outbound;
 mod record;
+mod relay;
 mod requests;
 mod tunnel;
 
@@ -37,7 +39,6 @@ mod tests;
 mod tests_of_limits;
 
 use std::{
-    collections::BTreeMap,
     net::SocketAddr,
     sync::{
         Arc,
@@ -54,12 +55,6 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{
-    accept::Site,
-    live::{Cut, Live},
-    record::{Ending, Record},
-    tunnel::Pool,
-};
 pub use self::{
     accept::{
         CONNECTIONS_PER_NODE_MAX, CONNECTIONS_PER_WORKLOAD_MAX, CONNECTIONS_RESERVED,
@@ -69,6 +64,12 @@ pub use self::{
     identify::FIRST_BYTE_MILLISECONDS,
     live::ConnectionView,
     tunnel::{HANDSHAKE_SECONDS, STREAMS_PER_TUNNEL_MAX},
+};
+use self::{
+    accept::{Site, Sites},
+    live::{Cut, Live},
+    record::{Ending, Record},
+    tunnel::Pool,
 };
 use crate::{
     certs, jwks,
@@ -131,6 +132,7 @@ struct Shared {
     events: Sink,
     limits: Limits,
     holds: Holds,
+    sites: Sites,
     live: Arc<Live>,
     pool: Pool,
     connections: Arc<Semaphore>,
@@ -151,6 +153,7 @@ impl Shared {
             events: inputs.events.clone(),
             limits: inputs.limits,
             holds: inputs.holds,
+            sites: Sites::default(),
             live: Arc::default(),
             pool: Pool::new(),
             connections: Arc::new(Semaphore::new(inputs.limits.connections_per_node)),
@@ -201,19 +204,18 @@ async fn sweep(shared: Arc<Shared>) {
 }
 
 async fn follow_workloads(shared: Arc<Shared>, mut workloads: mpsc::Receiver<Change>) {
-    let mut sites: BTreeMap<ObjectName, Arc<Site>> = BTreeMap::new();
     while let Some(change) = workloads.recv().await {
         match change {
             Change::Enrolled(arrival) => {
                 let name = arrival.name.clone();
                 let site = arrive(&shared, arrival);
                 // A workload that is enrolled anew under its old name has other listeners: the old ones are done.
-                if let Some(old) = sites.insert(name, site) {
+                if let Some(old) = shared.sites.insert(name, site) {
                     old.leave();
                 }
             }
             Change::Left { name } => {
-                if let Some(site) = sites.remove(&name) {
+                if let Some(site) = shared.sites.remove(&name) {
                     site.leave();
                 }
                 shared.live.cut_workload(&name);

@@ -20,8 +20,9 @@ use super::{
     carry::carry,
     deliver::unreached,
     identify,
-    live::Judged,
+    live::{Judged, TakenWay, barred},
     record::{Ending, Record, known_end, protocol_of, workload_end},
+    relay::{self, Local},
     tunnel::{self, OpenFailed, Reach},
 };
 use crate::{
@@ -37,7 +38,7 @@ pub(super) const PEER_DIAL_SECONDS: u64 = 3;
 pub(super) const OUTSIDE_DIAL_SECONDS: u64 = 30;
 
 /// Serves one captured connection.
-pub(super) async fn serve(shared: &Shared, site: &Site, accepted: Accepted, own_port: u16) {
+pub(super) async fn serve(shared: &Arc<Shared>, site: &Site, accepted: Accepted, own_port: u16) {
     let (client, target) = (accepted.client, accepted.target);
     let mut record = shared.record(Direction::Outbound, Path::Tunnel, client, target);
     let ending = tokio::select! {
@@ -49,7 +50,7 @@ pub(super) async fn serve(shared: &Shared, site: &Site, accepted: Accepted, own_
 }
 
 async fn go_out(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     site: &Site,
     accepted: Accepted,
     own_port: u16,
@@ -67,6 +68,10 @@ async fn go_out(
                 ends.service = service;
                 ends.protocol = protocol_of(&destination, endpoint.port());
             });
+            if let Some(there) = relay::site_of(shared, &snapshot, &destination) {
+                let local = Local { source, target, seed, destination, endpoint, allowed };
+                return relay::serve(shared, &there, stream, local, record).await;
+            }
             let way = Way { snapshot, source, target, endpoint, seed };
             through_tunnel(shared, site, stream, way, allowed, record).await
         }
@@ -159,13 +164,16 @@ async fn through_tunnel(
         .map_err(|failed| not_opened(&failed))?;
     record.secured_by(opened.tls);
     record.learn(|ends| ends.destination.identity = Some(opened.peer.identity.clone()));
-    let judged = Judged::Tunnel {
+    if way.snapshot.is_barred(&opened.peer.identity) {
+        return Err(barred().into());
+    }
+    let judged = Judged::Tunnel(TakenWay {
         source: Arc::clone(way.source.workload()),
         target: way.target,
         seed: way.seed,
         endpoint: way.endpoint,
         peer: opened.peer.identity,
-    };
+    });
     let registration = enter(shared, judged, &way.snapshot, record)?;
     record.opened();
     Ok(carry(stream, opened.stream, record, &registration).await)

@@ -13,7 +13,8 @@ use super::live::{Cut, Registration};
 use crate::{
     net::Progress,
     telemetry::{
-        ConnectionRecord, Direction, Endpoint, Ends, Event, Path, Reason, RouteReason, Sink, Tls, Verdict,
+        ConnectionRecord, Direction, Endpoint, Ends, Event, Path, Reason, RouteReason, Shadow, Sink, Tls,
+        Verdict,
     },
 };
 
@@ -164,7 +165,8 @@ impl Record {
 
     pub(super) fn allowed_by(&mut self, deciding: &Deciding) {
         self.deciding = Some(deciding.clone());
-        self.learn(|ends| ends.service.clone_from(&deciding.service));
+        // Of a connection inside the node it is known already which one was asked for.
+        self.learn(|ends| ends.service = ends.service.take().or_else(|| deciding.service.clone()));
     }
 
     pub(super) fn secured_by(&mut self, tls: Tls) {
@@ -204,6 +206,8 @@ impl Record {
             rule: deciding.rule,
             reason: ending.reason,
             detail: ending.detail,
+            shadow: deciding.shadow.map(Shadow::from),
+            audit: deciding.audit,
             tls: self.tls,
             bytes_in: self.progress.forward(),
             bytes_out: self.progress.back(),

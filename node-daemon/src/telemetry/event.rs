@@ -2,7 +2,10 @@
 
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration, time::SystemTime};
 
-use node_core::{policy::DenialReason, workload::ObjectName};
+use node_core::{
+    policy::{DenialReason, ShadowVerdict},
+    workload::ObjectName,
+};
 use spiffe_id::SpiffeId;
 
 use super::metrics::RequestCounts;
@@ -60,6 +63,16 @@ pub enum Event {
     /// A named limit was reached; its constant says what happens then. `limit` is the constant's name in lower case.
     LimitReached { limit: &'static str, workload: Option<ObjectName> },
 
+    /// The audit log is open; its newest record has this number. `torn_bytes` of a line that a crash cut were removed, and
+    /// where it was not `clean`, the run before did not end in order.
+    AuditOpened { folder: String, sequence: u64, torn_bytes: u64, clean: bool },
+    /// The audit log is signed up to this record; whoever keeps number and digest elsewhere can tell whether it was cut off.
+    AuditCheckpoint { sequence: u64, digest: String, segment: u64 },
+    /// So many decisions found no place in the audit log's queue. The log says so too.
+    AuditLost { records: u64 },
+    /// The audit log could not be written or signed; tried again. `effect` says what happens meanwhile.
+    AuditFailed { call: &'static str, problem: String, effect: &'static str },
+
     /// A connection was admitted and its first byte may flow.
     ConnectionOpened(Arc<Ends>),
     /// A connection is over, or never came to be. The access log's line.
@@ -91,7 +104,8 @@ pub enum Path {
     Tunnel,
     /// To or from outside the mesh, unchanged.
     Passthrough,
-    /// On the workload's own port: plaintext under PERMISSIVE, mesh TLS, or a local process.
+    /// Inbound: on the workload's own port, plaintext under PERMISSIVE, mesh TLS, or a local process. Outbound: to a workload
+    /// of the same node, without TLS.
     Relay,
     /// The kernel alone.
     Direct,
@@ -135,6 +149,17 @@ pub struct Ends {
     pub mutual_tls: bool,
 }
 
+impl Ends {
+    /// Whether both ends are workloads of this node and this daemon tells of both: with one line, for two reporters.
+    pub fn is_within_node(&self) -> bool {
+        match self.path {
+            Path::Direct => true,
+            Path::Relay => self.direction == Direction::Outbound,
+            Path::Tunnel | Path::Passthrough => false,
+        }
+    }
+}
+
 /// One connection at its end.
 #[derive(Clone, Debug)]
 pub struct ConnectionRecord {
@@ -149,6 +174,10 @@ pub struct ConnectionRecord {
     pub reason: Option<Reason>,
     /// Details of `reason` for people, such as an error of the operating system.
     pub detail: Option<String>,
+    /// What the answer would be if everything were enforced that is only tried; `None`: nothing is.
+    pub shadow: Option<Shadow>,
+    /// The AUDIT policy that records it.
+    pub audit: Option<Arc<str>>,
     pub tls: Option<Tls>,
     /// From the client to the server.
     pub bytes_in: u64,
@@ -192,6 +221,13 @@ pub struct Shadow {
     pub verdict: Verdict,
     pub policy: Option<Arc<str>>,
     pub rule: Option<Arc<str>>,
+}
+
+impl From<ShadowVerdict> for Shadow {
+    fn from(shadow: ShadowVerdict) -> Self {
+        let ShadowVerdict { allowed, policy, rule } = shadow;
+        Self { verdict: if allowed { Verdict::Allowed } else { Verdict::Denied }, policy, rule }
+    }
 }
 
 /// How it went for a connection or request as a whole.
@@ -269,6 +305,8 @@ pub enum Reason {
     Rejudged,
     /// The workload left the mesh.
     WorkloadLeft,
+    /// The audit log takes no records, and what is not recorded is denied.
+    AuditUnavailable,
     /// A call of the operating system failed.
     System,
 }
@@ -370,6 +408,7 @@ impl Reason {
             Self::Drained => "drained",
             Self::Rejudged => "rejudged",
             Self::WorkloadLeft => "workload_left",
+            Self::AuditUnavailable => "audit_unavailable",
             Self::System => "system",
         }
     }

@@ -64,6 +64,9 @@ pub struct Metrics {
     documents_refused: Counter,
     kernel_failures: Counter,
     accept_failures: Counter,
+    audit_checkpoint: Gauge,
+    audit_lost: Counter,
+    audit_failures: Counter,
     ready: Gauge,
 }
 
@@ -81,6 +84,8 @@ struct ConnectionLabels {
     destination_service_namespace: String,
     request_protocol: &'static str,
     connection_security_policy: &'static str,
+    /// Ours, beside Istio's: by which way the bytes went.
+    path: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -93,8 +98,8 @@ struct RequestLabels {
 /// The counters of one connection's requests, looked up once for each status: a request costs no label.
 #[derive(Debug)]
 pub struct RequestCounts {
-    labels: ConnectionLabels,
-    by_status: Mutex<Vec<(u16, &'static str, Counter)>>,
+    labels: Vec<ConnectionLabels>,
+    by_status: Mutex<Vec<(u16, &'static str, Vec<Counter>)>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -203,7 +208,17 @@ impl Metrics {
             Event::DaemonStopped { .. } => {
                 self.ready.set(0);
             }
+            Event::AuditCheckpoint { sequence, .. } => {
+                self.audit_checkpoint.set(i64::try_from(*sequence).unwrap_or(i64::MAX));
+            }
+            Event::AuditLost { records } => {
+                self.audit_lost.inc_by(*records);
+            }
+            Event::AuditFailed { .. } => {
+                self.audit_failures.inc();
+            }
             Event::DaemonStarting { .. }
+            | Event::AuditOpened { .. }
             | Event::DaemonDraining { .. }
             | Event::NodeJoined { .. }
             | Event::TrustChanged { .. }
@@ -213,9 +228,13 @@ impl Metrics {
     }
 
     fn count_opened(&self, ends: &Ends) -> Option<&'static str> {
-        let (labels, limit) = self.opened.admit(ConnectionLabels::of(ends), ConnectionLabels::other);
-        self.opened.family.get_or_create(&labels).inc();
-        limit
+        let mut met = None;
+        for labels in ConnectionLabels::of(ends) {
+            let (labels, limit) = self.opened.admit(labels, ConnectionLabels::other);
+            self.opened.family.get_or_create(&labels).inc();
+            met = met.or(limit);
+        }
+        met
     }
 
     fn count_ended(&self, record: &ConnectionRecord) -> Option<&'static str> {
@@ -226,11 +245,15 @@ impl Metrics {
         if !record.opened {
             return None;
         }
-        let (labels, limit) = self.closed.admit(ConnectionLabels::of(&record.ends), ConnectionLabels::other);
-        self.closed.family.get_or_create(&labels).inc();
-        self.received_bytes.get_or_create(&labels).inc_by(record.bytes_in);
-        self.sent_bytes.get_or_create(&labels).inc_by(record.bytes_out);
-        limit
+        let mut met = None;
+        for labels in ConnectionLabels::of(&record.ends) {
+            let (labels, limit) = self.closed.admit(labels, ConnectionLabels::other);
+            self.closed.family.get_or_create(&labels).inc();
+            self.received_bytes.get_or_create(&labels).inc_by(record.bytes_in);
+            self.sent_bytes.get_or_create(&labels).inc_by(record.bytes_out);
+            met = met.or(limit);
+        }
+        met
     }
 
     fn count_request(&self, record: &RequestRecord) -> Option<&'static str> {
@@ -242,19 +265,26 @@ impl Metrics {
         let mut by_status = counts.by_status.lock().unwrap_or_else(PoisonError::into_inner);
         // As in Istio, whichever the version.
         let protocol = if record.protocol == "grpc" { "grpc" } else { "http" };
-        let is_same = |known: &&(u16, &str, Counter)| known.0 == record.status && known.1 == protocol;
-        if let Some((_, _, counter)) = by_status.iter().find(is_same) {
-            counter.inc();
+        let is_same = |known: &&(u16, &str, Vec<Counter>)| known.0 == record.status && known.1 == protocol;
+        if let Some((_, _, counters)) = by_status.iter().find(is_same) {
+            counters.iter().for_each(|counter| {
+                counter.inc();
+            });
             return None;
         }
-        let connection = ConnectionLabels { request_protocol: protocol, ..counts.labels.clone() };
-        let labels = RequestLabels { connection, response_code: record.status.into() };
         let other = |labels: RequestLabels| RequestLabels { connection: labels.connection.other(), ..labels };
-        let (labels, limit) = self.requests.admit(labels, other);
-        let counter = self.requests.family.get_or_create(&labels).clone();
-        counter.inc();
-        by_status.push((record.status, protocol, counter));
-        limit
+        let (mut met, mut counters) = (None, Vec::new());
+        for labels in &counts.labels {
+            let connection = ConnectionLabels { request_protocol: protocol, ..labels.clone() };
+            let labels = RequestLabels { connection, response_code: record.status.into() };
+            let (labels, limit) = self.requests.admit(labels, other);
+            let counter = self.requests.family.get_or_create(&labels).clone();
+            counter.inc();
+            counters.push(counter);
+            met = met.or(limit);
+        }
+        by_status.push((record.status, protocol, counters));
+        met
     }
 
     fn set_unmeshed(&self, workload: &ObjectName, remaining: usize) {
@@ -324,13 +354,20 @@ impl RequestCounts {
 }
 
 impl ConnectionLabels {
-    fn of(ends: &Ends) -> Self {
+    /// Once for each end of which this daemon is the reporter.
+    fn of(ends: &Ends) -> Vec<Self> {
+        let reporters: &[&str] = match ends.direction {
+            _ if ends.is_within_node() => &["source", "destination"],
+            Direction::Inbound => &["destination"],
+            Direction::Outbound => &["source"],
+        };
+        reporters.iter().map(|reporter| Self::reported(ends, reporter)).collect()
+    }
+
+    fn reported(ends: &Ends, reporter: &'static str) -> Self {
         let service = ends.service.as_ref();
         Self {
-            reporter: match ends.direction {
-                Direction::Inbound => "destination",
-                Direction::Outbound => "source",
-            },
+            reporter,
             source_workload: name(ends.source.workload.as_ref()),
             source_workload_namespace: namespace(ends.source.workload.as_ref()),
             source_principal: principal(&ends.source),
@@ -345,6 +382,7 @@ impl ConnectionLabels {
             destination_service_namespace: namespace(service),
             request_protocol: "tcp",
             connection_security_policy: if ends.mutual_tls { "mutual_tls" } else { "none" },
+            path: ends.path.label(),
         }
     }
 
@@ -410,6 +448,9 @@ impl Default for Metrics {
             documents_refused: Counter::default(),
             kernel_failures: Counter::default(),
             accept_failures: Counter::default(),
+            audit_checkpoint: Gauge::default(),
+            audit_lost: Counter::default(),
+            audit_failures: Counter::default(),
             ready: Gauge::default(),
         };
         all.register();
@@ -506,6 +547,21 @@ impl Metrics {
             "culvert_accept_failures",
             "Failures to accept a connection",
             self.accept_failures.clone(),
+        );
+        registry.register(
+            "culvert_audit_checkpoint_sequence",
+            "Number of the newest signed record of the audit log",
+            self.audit_checkpoint.clone(),
+        );
+        registry.register(
+            "culvert_audit_lost",
+            "Decisions that found no place in the audit log's queue",
+            self.audit_lost.clone(),
+        );
+        registry.register(
+            "culvert_audit_failures",
+            "Failures to write or sign the audit log",
+            self.audit_failures.clone(),
         );
         registry.register("culvert_ready", "1 when ready", self.ready.clone());
     }

@@ -47,9 +47,9 @@ pub struct Compiled {
 #[derive(Clone, Debug)]
 pub(super) struct DestinationRules {
     /// The ports that something names.
-    named: BTreeMap<u16, PortRules>,
+    pub(super) named: BTreeMap<u16, PortRules>,
     /// All others.
-    other: PortRules,
+    pub(super) other: PortRules,
 }
 
 impl DestinationRules {

@@ -12,10 +12,12 @@
 //! On a port that [`Compiled::needs_requests`], [`Compiled::judge_request`] judges each request, after [`tokens`] were
 //! verified; elsewhere what only a request can answer is judged as layer 4 must.
 
+mod atoms;
 mod authentication;
 mod authn_v1alpha1;
 mod book;
 mod client;
+mod client_status;
 mod compile;
 mod destination_rule;
 mod evaluate;
@@ -25,6 +27,7 @@ mod objects;
 mod origins;
 mod paths;
 mod rbac_v1alpha1;
+mod reach;
 mod reader;
 mod request;
 mod request_authentication;

@@ -5,6 +5,7 @@
 //! what it returns. Not here: documents, what changed since the last one.
 
 mod directory;
+mod leave;
 mod naming;
 
 use std::{
@@ -15,16 +16,17 @@ use std::{
 
 use spiffe_id::SpiffeId;
 
+pub use self::leave::{Decided, Leaving, Names, Originated, Proof};
 use self::directory::{Directory, Owner};
 use crate::{
     decode::{DeclaredWorkload, Enrolment, Source},
     policy::{
-        self, Admission, ClientSetting, Compiled, ConnectionFacts, Denial, DenialReason, Explanation,
+        self, Admission, Compiled, ConnectionFacts, Denial, DenialReason, Explanation,
         Inventory, ObjectStatus, Permit, PolicyObjects, RequestDenial, RequestFacts, RequestPermit, Verdict,
         tokens::TokenRules,
     },
     store::Problem,
-    workload::{Mesh, ObjectName, SameNode, Service, TransportMode, Workload},
+    workload::{External, Mesh, ObjectName, SameNode, Service, TransportMode, Workload},
 };
 
 /// See the module.
@@ -78,6 +80,9 @@ pub enum RouteRefusal {
     SecureNamingEmpty(ObjectName),
     #[error("the target is the caller itself, or loopback")]
     OwnAddress,
+    /// policy C, T-20
+    #[error("{rule} denies it: {problem}")]
+    ClientRule { rule: Arc<str>, problem: String },
 }
 
 impl RouteRefusal {
@@ -88,6 +93,7 @@ impl RouteRefusal {
             Self::NoSuchServicePort { .. } => "no_such_service_port",
             Self::SecureNamingEmpty(_) => "secure_naming_empty",
             Self::OwnAddress => "own_address",
+            Self::ClientRule { .. } => "client_rule",
         }
     }
 }
@@ -156,7 +162,10 @@ impl Snapshot {
                 None => Route::Passthrough { target },
             },
             None if self.mesh.pod_ranges.iter().any(|range| range.contains(&address)) => Route::Unknown,
-            None => Route::Passthrough { target },
+            None => match self.directory.external(source, &self.mesh, address) {
+                Some(external) => self.route_to_external(source, external, target, seed),
+                None => Route::Passthrough { target },
+            },
         }
     }
 
@@ -184,6 +193,22 @@ impl Snapshot {
         self.compiled.admit(facts)
     }
 
+    /// The ports of a pod at which any answer may be another than at all those that are not among them.
+    pub(crate) fn ports_told_apart(&self, destination: &Workload) -> BTreeSet<u16> {
+        let mut ports = self.compiled.ports_told_apart(&destination.name);
+        // Whoever dials a pod of a headless service may have rules for that service.
+        let headless = self.services.values().filter(|service| {
+            service.addresses.is_empty() && service.name.namespace == destination.name.namespace
+        });
+        ports.extend(headless.flat_map(|service| service.ports.iter().map(|port| port.port)));
+        ports
+    }
+
+    /// Whether the client's address can change the policy's answer, beside its identity.
+    pub(crate) fn looks_at_source_addresses(&self, destination: &Workload) -> bool {
+        self.compiled.looks_at_source_addresses(&destination.name)
+    }
+
     /// Whose tokens count on this port, if anybody's.
     pub fn token_rules(&self, destination: &Workload, port: u16) -> Option<&TokenRules> {
         self.compiled.token_rules(destination, port)
@@ -205,16 +230,6 @@ impl Snapshot {
     /// while [`Snapshot::unreadable`] is something, everything is denied all the same.
     pub fn explain(&self, connection: &ConnectionFacts, request: Option<&RequestFacts<'_>>) -> Explanation {
         self.compiled.explain(connection, request)
-    }
-
-    /// How a client of this namespace speaks to the port of a service, as the DestinationRules have it (policy C).
-    pub fn client_setting(
-        &self,
-        service: &ObjectName,
-        port: u16,
-        client_namespace: &str,
-    ) -> ClientSetting<'_> {
-        self.compiled.client_setting(service, port, client_namespace, &self.mesh)
     }
 
     /// What became of each policy object.
@@ -262,6 +277,23 @@ impl Snapshot {
         Err(Denial { reason, verdict: Verdict::default() })
     }
 
+    /// Outside the mesh, or to a workload that the entry names by its address: that one stays what it is.
+    fn route_to_external(
+        &self,
+        source: &Workload,
+        external: &External,
+        target: SocketAddr,
+        seed: u64,
+    ) -> Route {
+        let Some(endpoint) = directory::external_endpoint(external, source, target, seed) else {
+            return Route::Refused(RouteRefusal::NoEndpoints { service: external.name.clone() });
+        };
+        match self.workload_at(endpoint.ip(), endpoint.port()) {
+            Some(workload) => self.route_to_workload(source, workload, endpoint),
+            None => Route::Passthrough { target: endpoint },
+        }
+    }
+
     /// A workload dialled by its own address is expected to be itself (DESIGN 3.3.3).
     fn route_to_workload(&self, source: &Workload, destination: &Arc<Workload>, target: SocketAddr) -> Route {
         if destination.name == source.name {
@@ -307,6 +339,7 @@ pub(crate) struct Contents<'a> {
     pub(crate) namespaces: BTreeMap<Arc<str>, NamespaceWord>,
     pub(crate) workloads: Vec<(&'a DeclaredWorkload, &'a Source)>,
     pub(crate) services: BTreeMap<ObjectName, (Service, Source)>,
+    pub(crate) externals: Vec<(&'a External, &'a Source)>,
     pub(crate) policies: &'a PolicyObjects,
     pub(crate) problems: Vec<Problem>,
     pub(crate) unreadable: Option<String>,
@@ -333,7 +366,7 @@ impl Snapshot {
             sources.insert(workload.name.clone(), source);
             by_name.insert(workload.name.clone(), workload);
         }
-        let directory = Directory::build(&by_name, &services, &mesh, &sources, &mut problems);
+        let directory = Directory::build(&by_name, &services, &contents.externals, &mesh, &sources, &mut problems);
         let services = services.into_iter().map(|(name, (service, _))| (name, service)).collect();
         let inventory = Inventory { mesh: &mesh, workloads: &by_name, services: &services, node: &node };
         let compiled = policy::compile(policies, &inventory);

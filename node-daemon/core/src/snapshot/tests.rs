@@ -416,7 +416,7 @@ fn nobody_speaks_as_a_barred_identity_or_to_one() {
     assert!(matches!(vouched("web", "10.8.0.2:0"), Err(crate::attest::NotAttested::Barred(_))));
     assert!(vouched("db", "10.8.0.3:0").is_ok());
 
-    store.bar(std::collections::BTreeSet::new());
+    store.bar(BTreeSet::new());
     let again = store.snapshot();
     assert!(again.authorise(&facts(&again, "web", "db")).is_ok());
 }
