@@ -101,6 +101,15 @@ impl<'a> Field<'a> {
             .collect()
     }
 
+    /// The values of a map, by their keys.
+    pub(super) fn entries(self) -> Result<Vec<(String, Self)>, InvalidObject> {
+        let Fields { object, path, map } = self.map()?;
+        let entry = |(key, value): (&String, &'a Value)| {
+            (key.clone(), Self { object, path: format!("{path}.{key}"), value })
+        };
+        Ok(map.iter().map(entry).collect())
+    }
+
     /// A TCP port: 1 to 65535.
     pub(super) fn port(&self) -> Result<u16, InvalidObject> {
         self.value

@@ -1,8 +1,10 @@
 //! The client's side: how it speaks TLS to a service, and whether that reaches the application (policy C, D).
 
+use std::{collections::BTreeMap, sync::Arc};
+
 use super::{
     compile::{Compiled, SERVICE_SUFFIX},
-    destination_rule::{ClientSetting, TlsMode, TlsSettings},
+    destination_rule::{Chosen, ClientSetting, NamedFiles, Part, TlsMode, TlsSettings},
 };
 use crate::workload::{Mesh, ObjectName};
 
@@ -63,18 +65,40 @@ impl ClientMode {
     }
 }
 
+/// What was asked for, as rules of clients name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// A complete name: that of a service, or a host outside the mesh.
+    pub host: Arc<str>,
+    /// Of the service, or of the document that tells of the host.
+    pub namespace: Arc<str>,
+    /// Of the service, never the workload's.
+    pub port: u16,
+}
+
+impl Asked {
+    /// The complete name of a service.
+    pub fn host_of(service: &ObjectName) -> Arc<str> {
+        format!("{}.{}.{SERVICE_SUFFIX}", service.name, service.namespace).into()
+    }
+}
+
 impl Compiled {
-    /// What the DestinationRules say about connections from a namespace to a service's port.
+    /// What the DestinationRules say about connections from a namespace to an endpoint with these labels.
     pub fn client_setting(
         &self,
-        service: &ObjectName,
-        port: u16,
+        asked: &Asked,
+        labels: &BTreeMap<String, String>,
         client_namespace: &str,
         mesh: &Mesh,
     ) -> ClientSetting<'_> {
-        let host = format!("{}.{}.{SERVICE_SUFFIX}", service.name, service.namespace);
-        let namespaces = [client_namespace, &*service.namespace, mesh.root_namespace.as_str()];
-        self.client_rules.setting(&host, port, None, namespaces)
+        let namespaces = [client_namespace, &*asked.namespace, mesh.root_namespace.as_str()];
+        self.client_rules.setting(&asked.host, asked.port, Chosen::Labelled(labels), namespaces)
+    }
+
+    /// The files that the DestinationRules name, and by which part of which rule (T-20).
+    pub fn named_files(&self) -> impl Iterator<Item = (&ObjectName, Part, NamedFiles)> {
+        self.client_rules.files()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Front end of `DestinationRule`: how a client speaks to a host, as far as TLS goes (policy C). The rest belongs to others.
 
-use std::{cmp::Reverse, collections::BTreeMap, sync::Arc};
+use std::{cmp::Reverse, collections::BTreeMap, fmt, sync::Arc};
 
 use serde_json::Value;
 
@@ -10,20 +10,50 @@ use super::{
 };
 use crate::{decode::Object, workload::ObjectName};
 
+type Labels = BTreeMap<String, String>;
+
 /// What a rule says about one host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DestinationRule {
     pub(crate) host: String,
     policy: TrafficPolicy,
-    subsets: BTreeMap<String, TrafficPolicy>,
+    subsets: BTreeMap<Arc<str>, Subset>,
+}
+
+/// Endpoints by their labels, and what is said of them alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Subset {
+    labels: Labels,
+    policy: TrafficPolicy,
 }
 
 /// The TLS part of a `trafficPolicy`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct TrafficPolicy {
-    tls: Option<TlsSettings>,
+    tls: Option<Arc<TlsSettings>>,
     /// By the service's port. A block without `tls` asks for none: blocks are not merged.
-    ports: BTreeMap<u16, Option<TlsSettings>>,
+    ports: BTreeMap<u16, Option<Arc<TlsSettings>>>,
+}
+
+/// Which part of a rule speaks. Displays as the path of its `tls`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Part {
+    pub subset: Option<Arc<str>>,
+    pub port: Option<u16>,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("spec.")?;
+        if let Some(subset) = &self.subset {
+            write!(formatter, "subsets[{subset}].")?;
+        }
+        formatter.write_str("trafficPolicy.")?;
+        if let Some(port) = self.port {
+            write!(formatter, "portLevelSettings[{port}].")?;
+        }
+        formatter.write_str("tls")
+    }
 }
 
 /// `tls`
@@ -56,18 +86,72 @@ impl TlsMode {
     }
 }
 
+/// Which subset is meant.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Chosen<'a> {
+    /// The one of this name, or none.
+    Named(Option<&'a str>),
+    /// That to which an endpoint with these labels belongs.
+    Labelled(&'a Labels),
+}
+
+/// The subsets of an endpoint say different things.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Conflict(Vec<Arc<str>>);
+
 impl DestinationRule {
-    /// The setting for one port of the host: the subset's, else the port's block, else the rule's.
+    /// The setting for one port of the host: the subset's, else the port's block, else the rule's (policy C).
     pub(crate) fn tls(&self, port: Option<u16>, subset: Option<&str>) -> Option<&TlsSettings> {
-        let of_subset = subset.and_then(|name| self.subsets.get(name)).and_then(|policy| policy.tls(port));
-        of_subset.or_else(|| self.policy.tls(port))
+        let (_, settings) = self.said(port, Chosen::Named(subset)).ok().flatten()?;
+        Some(settings)
     }
 
-    /// All settings, for what status says.
-    pub(super) fn modes(&self) -> impl Iterator<Item = TlsMode> {
-        std::iter::once(&self.policy).chain(self.subsets.values()).flat_map(|policy| {
-            policy.tls.iter().chain(policy.ports.values().flatten()).map(|settings| settings.mode)
+    fn said(
+        &self,
+        port: Option<u16>,
+        chosen: Chosen<'_>,
+    ) -> Result<Option<(Part, &Arc<TlsSettings>)>, Conflict> {
+        let meant = self.subsets.iter().filter(|(name, subset)| match chosen {
+            Chosen::Named(named) => named == Some(&***name),
+            Chosen::Labelled(labels) => subset.selects(labels),
+        });
+        let mut speaking = Vec::new();
+        for (name, subset) in meant {
+            if let Some((port, settings)) = subset.policy.said(port) {
+                speaking.push((Part { subset: Some(Arc::clone(name)), port }, settings));
+            }
+        }
+        if speaking.iter().any(|(_, settings)| *settings != speaking[0].1) {
+            return Err(Conflict(speaking.into_iter().filter_map(|(part, _)| part.subset).collect()));
+        }
+        let whole = || self.policy.said(port).map(|(port, settings)| (Part { subset: None, port }, settings));
+        Ok(speaking.into_iter().next().or_else(whole))
+    }
+
+    /// All settings, for what status says and for the files that they name.
+    pub(super) fn settings(&self) -> impl Iterator<Item = (Part, &Arc<TlsSettings>)> {
+        let subsets = self.subsets.iter().map(|(name, subset)| (Some(name), &subset.policy));
+        std::iter::once((None, &self.policy)).chain(subsets).flat_map(|(subset, policy)| {
+            let whole = policy.tls.iter().map(|settings| (None, settings));
+            let ports = policy.ports.iter().filter_map(|(port, tls)| Some((Some(*port), tls.as_ref()?)));
+            let part = move |port| Part { subset: subset.cloned(), port };
+            whole.chain(ports).map(move |(port, settings)| (part(port), settings))
         })
+    }
+
+    /// Subsets that say something of TLS and select no endpoint, as they name no label.
+    pub(super) fn idle_subsets(&self) -> impl Iterator<Item = &Arc<str>> {
+        let idle = self.subsets.iter().filter(|(_, subset)| {
+            let speaks = subset.policy.tls.is_some() || !subset.policy.ports.is_empty();
+            speaks && subset.labels.is_empty()
+        });
+        idle.map(|(name, _)| name)
+    }
+}
+
+impl Subset {
+    fn selects(&self, labels: &Labels) -> bool {
+        !self.labels.is_empty() && self.labels.iter().all(|(key, value)| labels.get(key) == Some(value))
     }
 }
 
@@ -85,13 +169,55 @@ struct ClientRule {
 }
 
 /// What the rules say about one destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClientSetting<'a> {
     /// No rule, or one that is silent about TLS.
     Unsaid,
-    Tls(&'a TlsSettings),
+    Tls(Said<'a>),
     /// The rule cannot be used: the destination is denied (T-20).
-    Refused(&'a Arc<str>),
+    Refused {
+        rule: &'a Arc<str>,
+        problem: String,
+    },
+}
+
+/// One setting, and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said<'a> {
+    /// `DestinationRule/namespace/name`
+    pub rule: &'a Arc<str>,
+    /// Of the rule: whose files it may name (T-20).
+    pub namespace: &'a Arc<str>,
+    pub part: Part,
+    pub settings: &'a Arc<TlsSettings>,
+}
+
+/// Files that one setting of a rule names (T-20).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NamedFiles {
+    /// Of the rule: the operator gives folders to namespaces.
+    pub namespace: Arc<str>,
+    pub ca_certificates: Option<String>,
+    pub client_certificate: Option<String>,
+    pub private_key: Option<String>,
+}
+
+impl NamedFiles {
+    /// `None`: the setting reads no file of its own.
+    pub fn of(namespace: &Arc<str>, settings: &TlsSettings) -> Option<Self> {
+        let is_mutual = settings.mode == TlsMode::Mutual;
+        if !is_mutual && settings.mode != TlsMode::Simple {
+            return None;
+        }
+        let mutual = |path: &Option<String>| path.clone().filter(|_| is_mutual);
+        let named = Self {
+            namespace: Arc::clone(namespace),
+            ca_certificates: settings.ca_certificates.clone(),
+            client_certificate: mutual(&settings.client_certificate),
+            private_key: mutual(&settings.private_key),
+        };
+        Some(named).filter(|named| named.ca_certificates.is_some() || is_mutual)
+    }
 }
 
 impl ClientRules {
@@ -111,19 +237,43 @@ impl ClientRules {
         &self,
         host: &str,
         port: u16,
-        subset: Option<&str>,
+        chosen: Chosen<'_>,
         namespaces: [&str; 3],
     ) -> ClientSetting<'_> {
-        let chosen = namespaces.into_iter().find_map(|namespace| {
+        let rule = namespaces.into_iter().find_map(|namespace| {
             let here = self.0.iter().filter(|rule| *rule.name.namespace == *namespace);
             let fitting = here.filter_map(|rule| Some((rule.specificity(host)?, Reverse(&rule.name), rule)));
             fitting.max_by_key(|(rank, name, _)| (*rank, *name)).map(|(.., rule)| rule)
         });
-        let Some(chosen) = chosen else { return ClientSetting::Unsaid };
-        match &chosen.rule {
-            Some(rule) => rule.tls(Some(port), subset).map_or(ClientSetting::Unsaid, ClientSetting::Tls),
-            None => ClientSetting::Refused(&chosen.label),
+        let Some(found) = rule else { return ClientSetting::Unsaid };
+        let refused = |problem| ClientSetting::Refused { rule: &found.label, problem };
+        let Some(rule) = &found.rule else {
+            return refused("the rule for this host cannot be used".to_owned());
+        };
+        match rule.said(Some(port), chosen) {
+            Ok(None) => ClientSetting::Unsaid,
+            Ok(Some((part, settings))) => ClientSetting::Tls(Said {
+                rule: &found.label,
+                namespace: &found.name.namespace,
+                part,
+                settings,
+            }),
+            Err(Conflict(subsets)) => refused(format!(
+                "the endpoint belongs to the subsets {}, which say different things: let their labels tell them apart",
+                subsets.join(", ")
+            )),
         }
+    }
+
+    /// The files that the rules name, each once, and by which field of which rule.
+    pub(crate) fn files(&self) -> impl Iterator<Item = (&ObjectName, Part, NamedFiles)> {
+        let usable = self.0.iter().filter_map(|known| Some((&known.name, known.rule.as_ref()?)));
+        usable.flat_map(|(name, rule)| {
+            let named = move |(part, settings): (Part, &Arc<TlsSettings>)| {
+                Some((name, part, NamedFiles::of(&name.namespace, settings)?))
+            };
+            rule.settings().filter_map(named)
+        })
     }
 }
 
@@ -141,10 +291,11 @@ impl ClientRule {
 }
 
 impl TrafficPolicy {
-    fn tls(&self, port: Option<u16>) -> Option<&TlsSettings> {
-        match port.and_then(|port| self.ports.get(&port)) {
-            Some(block) => block.as_ref(),
-            None => self.tls.as_ref(),
+    /// The setting, and the port in whose block it stands.
+    fn said(&self, port: Option<u16>) -> Option<(Option<u16>, &Arc<TlsSettings>)> {
+        match port.and_then(|port| Some((port, self.ports.get(&port)?))) {
+            Some((port, block)) => Some((Some(port), block.as_ref()?)),
+            None => Some((None, self.tls.as_ref()?)),
         }
     }
 }
@@ -165,7 +316,9 @@ pub(super) fn destination_rule(object: &Object, warnings: &mut Warnings) -> Resu
         let Some(name) = subset.take("name")? else {
             return Err(subset.fault("a subset with a name", "write - name: v1"));
         };
-        subsets.insert(name.filled_text()?.to_owned(), traffic_policy(&mut subset, warnings)?);
+        let name: Arc<str> = name.filled_text()?.into();
+        let labels = subset.labels("labels")?.unwrap_or_default();
+        subsets.insert(name, Subset { labels, policy: traffic_policy(&mut subset, warnings)? });
     }
     Ok(DestinationRule { host, policy, subsets })
 }
@@ -173,7 +326,7 @@ pub(super) fn destination_rule(object: &Object, warnings: &mut Warnings) -> Resu
 fn traffic_policy(fields: &mut Fields<'_>, warnings: &mut Warnings) -> Result<TrafficPolicy, Fault> {
     let Some(item) = fields.take("trafficPolicy")? else { return Ok(TrafficPolicy::default()) };
     let mut inner = Fields::open(&item)?;
-    let tls = inner.take("tls")?.map(|item| tls_settings(&item, warnings)).transpose()?;
+    let tls = inner.take("tls")?.map(|item| tls_settings(&item, warnings)).transpose()?.map(Arc::new);
     let mut ports = BTreeMap::new();
     for block in inner.list("portLevelSettings")? {
         let mut block_fields = Fields::open(&block)?;
@@ -184,7 +337,8 @@ fn traffic_policy(fields: &mut Fields<'_>, warnings: &mut Warnings) -> Result<Tr
         let number = Fields::open(&port)?.take("number")?;
         let number = number.and_then(|number| number.port_number()).filter(|number| *number > 0);
         let Some(number) = number else { return Err(port.fault(expected, "write a number from 1 to 65535")) };
-        let tls = block_fields.take("tls")?.map(|item| tls_settings(&item, warnings)).transpose()?;
+        let tls =
+            block_fields.take("tls")?.map(|item| tls_settings(&item, warnings)).transpose()?.map(Arc::new);
         ports.insert(number, tls);
     }
     Ok(TrafficPolicy { tls, ports })

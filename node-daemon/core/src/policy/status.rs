@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{
     authn_v1alpha1::{Policy, Target, Tokens},
     book::{Book, Notes},
+    client_status,
     compile::Inventory,
     objects::{Body, Entry, Good, PolicyObjects, Reach, Refused, RefusedKind},
     rbac_v1alpha1::{Mode, ServiceRole, ServiceRoleBinding, Switch},
@@ -41,11 +42,12 @@ pub(super) fn statuses(
     inventory: &Inventory<'_>,
     notes: &Notes,
 ) -> Vec<ObjectStatus> {
-    let view = View { book, inventory, notes };
+    let view = View { objects, book, inventory, notes };
     objects.entries().filter_map(|(kind, name, entry)| view.status(kind, name, entry)).collect()
 }
 
 struct View<'v> {
+    objects: &'v PolicyObjects,
     book: &'v Book<'v>,
     inventory: &'v Inventory<'v>,
     notes: &'v Notes,
@@ -98,7 +100,7 @@ impl View<'_> {
         (field, Some(told.join("; ")).filter(|told| !told.is_empty()))
     }
 
-    /// What an accepted object asks for that a node does not enforce on layer 4.
+    /// What an accepted object says that its author should look at again.
     fn not_enforced(&self, name: &ObjectName, body: &Body) -> Vec<(String, String)> {
         let say = |field: &str, sentence: String| (field.to_owned(), sentence);
         match body {
@@ -106,13 +108,7 @@ impl View<'_> {
                 let tokens = tokens_problem(policy).map(|sentence| say("spec.origins", sentence.to_owned()));
                 tokens.into_iter().chain(self.missing_targets(name, policy)).collect()
             }
-            Body::DestinationRule(rule) => rule
-                .modes()
-                .map(|mode| {
-                    let sentence = format!("{} is not enforced: the tunnel is always used", mode.name());
-                    say("spec.trafficPolicy.tls.mode", sentence)
-                })
-                .collect(),
+            Body::DestinationRule(rule) => client_status::notes(name, rule, self.objects, self.inventory),
             Body::RbacConfig(_)
             | Body::ClusterRbacConfig(_)
             | Body::ServiceRole(_)
@@ -158,7 +154,9 @@ impl View<'_> {
                     }
                 }
             }
-            Body::DestinationRule(_) => "not enforced: the tunnel is always used".to_owned(),
+            Body::DestinationRule(rule) => {
+                client_status::effect(name, rule, &self.book.mesh.root_namespace)
+            }
         };
         let noted = self.notes.effects.get(&good.label).into_iter().flatten();
         noted.fold(own, |effect, sentence| format!("{effect}; {sentence}"))
@@ -200,8 +198,8 @@ impl View<'_> {
             RefusedKind::RequestAuthentication(reach) => {
                 format!("every request is denied to HTTP ports of {}", self.reach(name, reach))
             }
-            RefusedKind::DestinationRule { .. } => {
-                "none: this version does not enforce such objects".to_owned()
+            RefusedKind::DestinationRule { host } => {
+                client_status::refused_effect(name, host.as_deref(), &self.book.mesh.root_namespace)
             }
             RefusedKind::Unknown => denied(self.scope(name, &Selector::new())),
         }

@@ -16,7 +16,7 @@ use crate::{
     decode::Source,
     seed,
     store::Problem,
-    workload::{Mesh, ObjectName, Service, ServicePort, TargetPort, Workload},
+    workload::{External, Mesh, ObjectName, Service, ServicePort, TargetPort, Workload},
 };
 
 type Allowed = Arc<BTreeSet<SpiffeId>>;
@@ -27,6 +27,10 @@ pub(super) struct Directory {
     owners: BTreeMap<IpAddr, Owner>,
     /// Whom to expect of a workload; absent where its annotation names nobody (policy D-6).
     expected: BTreeMap<ObjectName, Allowed>,
+    /// Of a workload's port: the service without an address of its own that applications reach there, and its port.
+    headless: BTreeMap<(ObjectName, u16), (ObjectName, u16)>,
+    /// Hosts outside the mesh, as each namespace knows them.
+    externals: BTreeMap<(Arc<str>, IpAddr), Arc<External>>,
 }
 
 /// The owner of an address.
@@ -63,12 +67,14 @@ impl Directory {
     pub(super) fn build(
         workloads: &BTreeMap<ObjectName, Arc<Workload>>,
         services: &BTreeMap<ObjectName, (Service, Source)>,
+        externals: &[(&External, &Source)],
         mesh: &Mesh,
         sources: &BTreeMap<ObjectName, &Source>,
         problems: &mut Vec<Problem>,
     ) -> Self {
         let mut owners = BTreeMap::new();
         let mut expected = BTreeMap::new();
+        let mut headless = BTreeMap::new();
         let mut sets: BTreeMap<SpiffeId, Allowed> = BTreeMap::new();
         for workload in workloads.values() {
             own(&mut owners, workload);
@@ -92,6 +98,7 @@ impl Directory {
                 unusable.into_iter().map(|unusable| problem(source, "Service", &service.name, unusable)),
             );
             if service.addresses.is_empty() {
+                add_headless(&mut headless, service, &members);
                 continue;
             }
             let routes = Arc::new(ServiceRoutes::build(service, &members, named, mesh));
@@ -99,11 +106,39 @@ impl Directory {
                 owners.insert(*address, Owner::Service(Arc::clone(&routes)));
             }
         }
-        Self { owners, expected }
+        let externals = externals_of(externals, &owners, mesh, problems);
+        Self { owners, expected, headless, externals }
     }
 
     pub(super) fn owner(&self, address: IpAddr) -> Option<&Owner> {
         self.owners.get(&address.to_canonical())
+    }
+
+    /// The service, and its port, for which a workload's port is dialled by the workload's own address.
+    pub(super) fn headless(&self, workload: &ObjectName, port: u16) -> Option<(&ObjectName, u16)> {
+        let (service, port) = self.headless.get(&(workload.clone(), port))?;
+        Some((service, *port))
+    }
+
+    /// What a client's namespace, or else the root namespace, says of an address outside the mesh.
+    pub(super) fn external(&self, client: &Workload, mesh: &Mesh, address: IpAddr) -> Option<&External> {
+        if self.externals.is_empty() {
+            return None;
+        }
+        let root: Arc<str> = mesh.root_namespace.as_str().into();
+        let known = |namespace: Arc<str>| self.externals.get(&(namespace, address.to_canonical()));
+        known(Arc::clone(&client.name.namespace)).or_else(|| known(root)).map(|external| &**external)
+    }
+
+    /// Who may answer where a service or a workload was asked for (policy D-2); `None`: nobody is known.
+    pub(super) fn may_answer(&self, target: SocketAddr, endpoint: SocketAddr) -> Option<Allowed> {
+        let of_workload = |address: SocketAddr| match self.owner(address.ip())? {
+            Owner::Pod(workload) => self.expected(&workload.name),
+            Owner::Host(ports) => self.expected(&ports.get(&address.port())?.name),
+            Owner::Service(service) => Some(&service.allowed),
+        };
+        let set = of_workload(target).or_else(|| of_workload(endpoint))?;
+        Some(Arc::clone(set)).filter(|set| !set.is_empty())
     }
 
     pub(super) fn expected(&self, workload: &ObjectName) -> Option<&Allowed> {
@@ -128,6 +163,10 @@ impl ServiceRoutes {
         let endpoints = members.iter().filter(|workload| behind.contains(&workload.name));
         let allowed = naming::answering(endpoints.map(|workload| &***workload), named, mesh);
         Self { name: service.name.clone(), ports, allowed }
+    }
+
+    pub(super) fn name(&self) -> &ObjectName {
+        &self.name
     }
 
     pub(super) fn route(&self, source: &Workload, target: SocketAddr, seed: u64) -> Route {
@@ -176,6 +215,90 @@ impl Endpoints {
         }
         candidates.get(seed::index(seed, candidates.len()))
     }
+}
+
+/// Of several such services for one port, the first by name: they come in that order (policy A-4).
+fn add_headless(
+    headless: &mut BTreeMap<(ObjectName, u16), (ObjectName, u16)>,
+    service: &Service,
+    members: &[&Arc<Workload>],
+) {
+    for port in &service.ports {
+        for workload in members {
+            if let Some(number) = target_port(workload, port) {
+                let at = (workload.name.clone(), number);
+                headless.entry(at).or_insert_with(|| (service.name.clone(), port.port));
+            }
+        }
+    }
+}
+
+/// By namespace and address. What the mesh owns is not outside it, and of two entries of a namespace the first by name counts.
+fn externals_of(
+    entries: &[(&External, &Source)],
+    owners: &BTreeMap<IpAddr, Owner>,
+    mesh: &Mesh,
+    problems: &mut Vec<Problem>,
+) -> BTreeMap<(Arc<str>, IpAddr), Arc<External>> {
+    let mut known: BTreeMap<(Arc<str>, IpAddr), Arc<External>> = BTreeMap::new();
+    for (entry, source) in entries {
+        let external = Arc::new((*entry).clone());
+        let of_endpoints = entry.endpoints.iter().map(|endpoint| endpoint.address);
+        let own = entry.addresses.iter().copied();
+        let addresses: Vec<IpAddr> =
+            if entry.addresses.is_empty() { of_endpoints.collect() } else { own.collect() };
+        for address in addresses {
+            let at = (Arc::clone(&entry.name.namespace), address);
+            let is_mesh =
+                owners.contains_key(&address) || mesh.pod_ranges.iter().any(|range| range.contains(&address));
+            let taken =
+                known.get(&at).map(|other| format!("{address} is told of by ServiceEntry {}", other.name));
+            let of_mesh = is_mesh.then(|| format!("{address} is an address of the mesh"));
+            match taken.or(of_mesh) {
+                None => {
+                    known.insert(at, Arc::clone(&external));
+                }
+                Some(reason) => problems.push(Problem {
+                    file: Arc::clone(&source.file),
+                    index: Some(source.index),
+                    object: format!("ServiceEntry {}", entry.name),
+                    field: "spec.addresses".to_owned(),
+                    reason: format!("{reason}, and is left out here: give each address one meaning"),
+                }),
+            }
+        }
+    }
+    known
+}
+
+/// Where a connection to an address of a host outside the mesh goes. A port of which the entry says nothing is left alone.
+pub(super) fn external_endpoint(
+    external: &External,
+    source: &Workload,
+    target: SocketAddr,
+    seed: u64,
+) -> Option<SocketAddr> {
+    let Some(port) = external.ports.iter().find(|port| port.number == target.port()) else {
+        return Some(target);
+    };
+    if external.endpoints.is_empty() {
+        return Some(SocketAddr::new(target.ip(), port.target));
+    }
+    let of_family = |is_v4: bool| {
+        let endpoints = external.endpoints.iter().filter(move |endpoint| endpoint.address.is_ipv4() == is_v4);
+        endpoints.collect::<Vec<_>>()
+    };
+    let dialled = target.ip().is_ipv4();
+    let mut candidates = of_family(dialled);
+    if candidates.is_empty() && source.addresses.iter().any(|address| address.is_ipv4() != dialled) {
+        candidates = of_family(!dialled);
+    }
+    if candidates.is_empty() {
+        return None;
+    }
+    let endpoint = candidates.get(seed::index(seed, candidates.len()))?;
+    let named = port.name.as_ref().and_then(|name| endpoint.ports.get(name));
+    Some(SocketAddr::new(endpoint.address, named.copied().unwrap_or(port.target)))
 }
 
 /// The port on which this workload serves a port of the service, if it does.

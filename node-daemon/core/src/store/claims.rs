@@ -54,7 +54,12 @@ impl Content {
             Self::Service(service) => {
                 service.addresses.iter().map(|address| (*address, Share::Whole)).collect()
             }
-            Self::Namespace(_) | Self::ServiceAccount | Self::Mesh(_) | Self::Policy => Claims::new(),
+            // Each namespace has its own view of what is outside the mesh.
+            Self::ServiceEntry(_)
+            | Self::Namespace(_)
+            | Self::ServiceAccount
+            | Self::Mesh(_)
+            | Self::Policy => Claims::new(),
         }
     }
 }

@@ -82,7 +82,7 @@ fn a_good_object_says_what_it_does() {
             "no provider is asked in this version: what its rules match is denied",
         ),
         ("AuthorizationPolicy photo/a!dry-run: {}", "AuthorizationPolicy photo/a", "dry run: not enforced"),
-        ("DestinationRule photo/d: {host: a}", "DestinationRule photo/d", "the tunnel is always used"),
+        ("DestinationRule photo/d: {host: a.example}", "DestinationRule photo/d", "nothing is said of TLS"),
     ] {
         told(object, title, None, "", effect);
     }
@@ -171,10 +171,40 @@ fn what_layer_4_does_not_enforce_is_said() {
             "USE_ORIGIN without origins",
         ),
         (
-            "DestinationRule photo/d: {host: a, trafficPolicy: {tls: {mode: DISABLE}}}",
+            "DestinationRule photo/d: {host: \"*.local\", trafficPolicy: {tls: {mode: DISABLE}}}",
             "DestinationRule photo/d",
             "spec.trafficPolicy.tls.mode",
-            "DISABLE is not enforced: the tunnel is always used",
+            "a receiver under STRICT refuses them",
+        ), // policy C
+        (
+            "DestinationRule photo/d: {host: nowhere, trafficPolicy: {tls: {mode: ISTIO_MUTUAL}}}",
+            "DestinationRule photo/d",
+            "spec.host",
+            "\"nowhere\" is no service of namespace photo",
+        ),
+        (
+            "DestinationRule photo/d: {host: \"*.local\", trafficPolicy: {tls: {mode: ISTIO_MUTUAL, sni: a.b}}}",
+            "DestinationRule photo/d",
+            "spec.trafficPolicy.tls.sni",
+            "the tunnel sends no name",
+        ),
+        (
+            "DestinationRule photo/d: {host: \"*.local\", trafficPolicy: {tls: {mode: ISTIO_MUTUAL, subjectAltNames: [a.b]}}}",
+            "DestinationRule photo/d",
+            "spec.trafficPolicy.tls.subjectAltNames",
+            "no identity of a workload",
+        ),
+        (
+            "DestinationRule photo/d: {host: \"*.local\", subsets: [{name: v1, trafficPolicy: {tls: {mode: SIMPLE}}}]}",
+            "DestinationRule photo/d",
+            "spec.subsets[v1].labels",
+            "no endpoint belongs to this subset",
+        ),
+        (
+            "DestinationRule photo/c: {host: a.b.c}\nDestinationRule photo/d: {host: a.b.c}",
+            "DestinationRule photo/d",
+            "spec.host",
+            "DestinationRule photo/c is for the same host",
         ),
         (
             "ClusterRbacConfig default: {mode: \"ON\"}\nServiceRole photo/r: {rules: [{ports: [1]}, {methods: [GET], paths: [/a]}]}\nServiceRoleBinding photo/b: {subjects: [{user: \"*\"}], roleRef: {kind: ServiceRole, name: r}}",
@@ -328,7 +358,13 @@ fn a_refused_object_says_what_is_denied_in_its_place() {
             "denies and grants nothing",
         ),
         ("ServiceRole photo/r: {}", "ServiceRole photo/r", "expected at least one rule", "grants nothing"),
-        ("DestinationRule photo/d: {}", "DestinationRule photo/d", "spec.host", "does not enforce"),
+        ("DestinationRule photo/d: {}", "DestinationRule photo/d", "spec.host", "does not say for which host"),
+        (
+            "DestinationRule photo/d: {host: a, trafficPolicy: {tls: {mode: OFF}}}",
+            "DestinationRule photo/d",
+            "spec.trafficPolicy.tls.mode",
+            "to a are denied",
+        ),
         (
             "Surprise@security.istio.io/v1 photo/a: {}",
             "Surprise photo/a",
