@@ -15,7 +15,7 @@
 //! 9. [`pairs`]: what of it the kernel may decide by itself, between pods of one node.
 //! 10. [`rotation`]: when to renew, to back off, to give up.
 //! 11. [`cases`]: cases of operators, run through the evaluator that enforces.
-//! 11. [`audit`]: the decision log's lines, and whether a log is as it was written.
+//! 12. [`audit`]: the decision log's lines, and whether a log is as it was written.
 //!
 //! Not here: clocks, randomness, sockets, files, locks, Kubernetes. Times and seeds are arguments.
 #![forbid(unsafe_code)]
