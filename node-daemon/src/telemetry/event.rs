@@ -102,7 +102,7 @@ impl Direction {
 pub enum Path {
     /// HBONE over mutual TLS.
     Tunnel,
-    /// To or from outside the mesh, unchanged.
+    /// To or from outside the mesh, unchanged; or as a rule of the client's side says, past the tunnel.
     Passthrough,
     /// Inbound: on the workload's own port, plaintext under PERMISSIVE, mesh TLS, or a local process. Outbound: to a workload
     /// of the same node, without TLS.
@@ -319,6 +319,8 @@ pub enum RouteReason {
     /// No identity may run the service, so nobody may answer for it.
     SecureNamingEmpty,
     OwnAddress,
+    /// A rule of the client's side cannot be used (T-20).
+    ClientRule,
 }
 
 /// What is wrong with a peer's proof.
@@ -372,8 +374,13 @@ impl HandshakeRefusal {
 }
 
 impl RouteReason {
-    pub const ALL: [Self; 4] =
-        [Self::NoEndpoints, Self::NoSuchServicePort, Self::SecureNamingEmpty, Self::OwnAddress];
+    pub const ALL: [Self; 5] = [
+        Self::NoEndpoints,
+        Self::NoSuchServicePort,
+        Self::SecureNamingEmpty,
+        Self::OwnAddress,
+        Self::ClientRule,
+    ];
 
     pub const fn label(self) -> &'static str {
         match self {
@@ -381,6 +388,7 @@ impl RouteReason {
             Self::NoSuchServicePort => "no_such_service_port",
             Self::SecureNamingEmpty => "secure_naming_empty",
             Self::OwnAddress => "own_address",
+            Self::ClientRule => "client_rule",
         }
     }
 }

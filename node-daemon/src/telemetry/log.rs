@@ -138,6 +138,19 @@ pub(super) fn write(event: &Event) {
             let workload = workload.as_ref().map(tracing::field::display);
             warn!(target: "event", limit, workload, "limit reached");
         }
+        Event::AuditOpened { folder, sequence, torn_bytes, clean: true } => {
+            info!(target: "event", folder, sequence, torn_bytes, "audit opened");
+        }
+        Event::AuditOpened { folder, sequence, torn_bytes, clean: false } => {
+            warn!(target: "event", folder, sequence, torn_bytes, "audit recovered");
+        }
+        Event::AuditCheckpoint { sequence, digest, segment } => {
+            info!(target: "event", sequence, digest, segment, "audit checkpoint");
+        }
+        Event::AuditLost { records } => warn!(target: "event", records, "audit records lost"),
+        Event::AuditFailed { call, problem, effect } => {
+            error!(target: "event", call, problem, effect, "audit failed");
+        }
         Event::ConnectionOpened(ends) => write_opened(ends),
         Event::ConnectionEnded(record) => write_ended(record),
         Event::RequestEnded(record) => write_request(record),
@@ -156,7 +169,7 @@ fn write_opened(ends: &Ends) {
 
 fn write_ended(record: &ConnectionRecord) {
     let ends = &record.ends;
-    let (source, destination) = (&ends.source, &ends.destination);
+    let (source, destination, shadow) = (&ends.source, &ends.destination, record.shadow.as_ref());
     info!(
         target: "access",
         connection = ends.connection,
@@ -179,6 +192,10 @@ fn write_ended(record: &ConnectionRecord) {
         rule = record.rule.as_deref(),
         reason = record.reason.map(|reason| reason.label()),
         detail = record.detail.as_deref(),
+        shadow.verdict = shadow.map(|shadow| shadow.verdict.label()),
+        shadow.policy = shadow.and_then(|shadow| shadow.policy.as_deref()),
+        shadow.rule = shadow.and_then(|shadow| shadow.rule.as_deref()),
+        audit = record.audit.as_deref(),
         tls.version = record.tls.as_ref().map(|tls| tls.version),
         tls.group = record.tls.as_ref().map(|tls| &*tls.group),
         tls.cipher = record.tls.as_ref().map(|tls| &*tls.cipher),

@@ -1,19 +1,22 @@
 //! One event, told once: every room emits an [`Event`], the [`Sink`] makes of it one log line and its counters, so the
 //! two cannot disagree.
 //!
-//! In: events. Out: lines on stdout ([`log`]) and the registry that `/metrics` shows ([`metrics`]). A leaf: every room
+//! In: events. Out: lines on stdout ([`log`]), the registry that `/metrics` shows ([`metrics`]), and decisions for whoever
+//! keeps them ([`decision`]). A leaf: every room
 //! may know it, it knows none of them.
 
+pub mod decision;
 pub mod event;
 pub mod log;
 pub mod metrics;
 
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicBool, Ordering},
 };
 
 pub use self::{
+    decision::{Asked, Decision, NotRecorded, Recorder},
     event::{
         ConnectionRecord, Direction, Endpoint, Ends, Event, HandshakeRefusal, Path, Reason, RequestRecord,
         RouteReason, Shadow, Tls, Verdict,
@@ -27,6 +30,8 @@ pub struct Sink {
     metrics: Arc<Metrics>,
     /// The limit of label sets was told.
     told: Arc<AtomicBool>,
+    /// Where decisions are kept, if they are.
+    recorder: Arc<OnceLock<Arc<dyn Recorder>>>,
 }
 
 impl Sink {
@@ -35,8 +40,35 @@ impl Sink {
         Self::default()
     }
 
-    /// Writes the event's line and counts it.
+    /// From here on decisions of all clones of this sink are kept there. Only the first one counts.
+    pub fn keep_decisions(&self, recorder: Arc<dyn Recorder>) {
+        // A second one would be a fault of the wiring, and the first goes on.
+        let _ = self.recorder.set(recorder);
+    }
+
+    /// Keeps a decision before it takes effect. `decision` is only asked for where decisions are kept.
+    ///
+    /// # Errors
+    /// It must not take effect.
+    pub fn decide(&self, decision: impl FnOnce() -> Decision) -> Result<(), NotRecorded> {
+        self.recorder.get().map_or(Ok(()), |recorder| recorder.record(decision()))
+    }
+
+    /// A snapshot is about to come into force. `digest` is only asked for where decisions are kept.
+    pub fn judging_by(&self, number: u64, digest: impl FnOnce() -> String) {
+        if let Some(recorder) = self.recorder.get() {
+            recorder.snapshot(number, &digest());
+        }
+    }
+
+    /// Writes the event's line, counts it, and keeps the decision that it tells of.
     pub fn emit(&self, event: &Event) {
+        if let Some(recorder) = self.recorder.get()
+            && let Some(decision) = Decision::of(event)
+        {
+            // A no that finds no place stays a no; that there was one more is counted there.
+            let _ = recorder.record(decision);
+        }
         log::write(event);
         if let Some(limit) = self.metrics.count(event) {
             let reached = Event::LimitReached { limit, workload: None };

@@ -73,6 +73,8 @@ fn record(verdict: Verdict, opened: bool, reason: Option<Reason>) -> ConnectionR
         rule: Some("rules[0]".into()),
         reason,
         detail: None,
+        shadow: None,
+        audit: None,
         tls: Some(Tls {
             version: "TLSv1.3",
             group: "X25519MLKEM768".to_owned(),
@@ -200,6 +202,27 @@ fn each_event_is_one_line_and_its_counter() {
             Event::LimitReached { limit: "connections_per_workload", workload: Some(web()) },
             "limit reached",
             r#"culvert_limits_total{limit="connections_per_workload"} 1"#,
+        ),
+        (
+            Event::AuditOpened { folder: "/a".to_owned(), sequence: 7, torn_bytes: 0, clean: true },
+            "audit opened",
+            "",
+        ),
+        (
+            Event::AuditOpened { folder: "/a".to_owned(), sequence: 7, torn_bytes: 3, clean: false },
+            "audit recovered",
+            "",
+        ),
+        (
+            Event::AuditCheckpoint { sequence: 9, digest: "00".to_owned(), segment: 1 },
+            "audit checkpoint",
+            "culvert_audit_checkpoint_sequence 9",
+        ),
+        (Event::AuditLost { records: 3 }, "audit records lost", "culvert_audit_lost_total 3"),
+        (
+            Event::AuditFailed { call: "write", problem: problem(), effect: "denied" },
+            "audit failed",
+            "culvert_audit_failures_total 1",
         ),
         (Event::ConnectionOpened(Arc::new(ends())), "connection opened", ""),
         (

@@ -148,12 +148,6 @@ const STATUS_NONE: StatusCode = match StatusCode::from_u16(499) {
 impl Drop for Exchange {
     fn drop(&mut self) {
         let deciding = std::mem::take(&mut self.deciding);
-        let verdict = |allowed| if allowed { Verdict::Allowed } else { Verdict::Denied };
-        let shadow = deciding.shadow.map(|shadow| Shadow {
-            verdict: verdict(shadow.allowed),
-            policy: shadow.policy,
-            rule: shadow.rule,
-        });
         let later = self.airborne.as_ref().map(|airborne| airborne.flight().snapshot());
         self.telling.events.emit(&Event::RequestEnded(Box::new(RequestRecord {
             ends: Arc::clone(&self.telling.ends),
@@ -167,7 +161,7 @@ impl Drop for Exchange {
             rule: deciding.rule,
             reason: self.outcome.reason,
             detail: self.outcome.detail,
-            shadow,
+            shadow: deciding.shadow.map(Shadow::from),
             audit: deciding.audit,
             duration: self.started.elapsed(),
             snapshot: later.unwrap_or(self.snapshot),
