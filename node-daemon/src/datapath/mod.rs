@@ -3,7 +3,7 @@
 //! ```text
 //! outbound   workload --> [accept] --> [identify] attest --> route --> [tunnel] ==mTLS==> (other node)
 //!                                                              |--> a workload of this node: [relay] --> [authorise] --> [deliver]
-//!                                                              |--> outside the mesh: a plain relay
+//!                                                              |--> outside the mesh: a plain relay, or [originate] TLS
 //! inbound    (other node) ==mTLS==> [accept] [tunnel] --> [identify] peer --> [authorise] --> [deliver] --> workload
 //!            client on the workload's port --> [accept] --> [identify] mesh TLS or plaintext --> [authorise] --> [deliver]
 //! ```
@@ -23,6 +23,7 @@ mod ground;
 mod identify;
 mod inbound;
 mod live;
+mod originate;
 mod outbound;
 mod record;
 mod relay;
@@ -38,14 +39,7 @@ mod tests;
 #[cfg(test)]
 mod tests_of_limits;
 
-use std::{
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use node_core::{snapshot::Snapshot, workload::ObjectName};
 use tokio::{
@@ -116,6 +110,8 @@ pub struct Arrival {
 pub struct Inputs {
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
     pub credentials: Arc<certs::Store>,
+    /// Files of certificates that rules name.
+    pub files: Arc<certs::ClientFiles>,
     /// Keys of the issuers of tokens.
     pub keys: Arc<jwks::Store>,
     pub workloads: mpsc::Receiver<Change>,
@@ -128,6 +124,7 @@ pub struct Inputs {
 struct Shared {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     credentials: Arc<certs::Store>,
+    files: Arc<certs::ClientFiles>,
     keys: Arc<jwks::Store>,
     events: Sink,
     limits: Limits,
@@ -136,7 +133,6 @@ struct Shared {
     live: Arc<Live>,
     pool: Pool,
     connections: Arc<Semaphore>,
-    numbers: AtomicU64,
     tasks: TaskTracker,
     /// No more accepting.
     closing: CancellationToken,
@@ -149,6 +145,7 @@ impl Shared {
         Self {
             snapshots: inputs.snapshots.clone(),
             credentials: Arc::clone(&inputs.credentials),
+            files: Arc::clone(&inputs.files),
             keys: Arc::clone(&inputs.keys),
             events: inputs.events.clone(),
             limits: inputs.limits,
@@ -157,7 +154,6 @@ impl Shared {
             live: Arc::default(),
             pool: Pool::new(),
             connections: Arc::new(Semaphore::new(inputs.limits.connections_per_node)),
-            numbers: AtomicU64::new(0),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             ending: CancellationToken::new(),
@@ -174,8 +170,7 @@ impl Shared {
     }
 
     fn record(&self, direction: Direction, path: Path, client: SocketAddr, target: SocketAddr) -> Record {
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
-        Record::new(&self.events, number, direction, path, client, target)
+        Record::new(&self.events, self.events.next_connection(), direction, path, client, target)
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     time::Duration,
 };
 
@@ -112,6 +112,22 @@ impl TcpSocket {
 pub struct Diag {
     socket: Socket,
     sequence: u32,
+}
+
+/// Whether this kernel ends connections on request, tried on one of our own over loopback.
+///
+/// # Errors
+/// Why it does not: [`io::ErrorKind::Unsupported`] without CONFIG_INET_DIAG_DESTROY, [`io::ErrorKind::PermissionDenied`] without
+/// CAP_NET_ADMIN.
+pub fn probe_destroy() -> io::Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let client = TcpStream::connect_timeout(&listener.local_addr()?, ANSWER_WITHIN)?;
+    let mut diag = Diag::open_here()?;
+    let found = diag.find(client.local_addr()?, client.peer_addr()?)?;
+    match found.map(|socket| diag.destroy(&socket)).transpose()? {
+        Some(true) => Ok(()),
+        Some(false) | None => Err(io::Error::other("a socket of our own was not found to be ended")),
+    }
 }
 
 impl Diag {
@@ -397,9 +413,18 @@ fn aligned(length: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
-
     use super::*;
+
+    #[test]
+    fn the_probe_says_whether_connections_can_be_ended() {
+        match probe_destroy() {
+            Ok(()) => {}
+            Err(error) => assert!(
+                matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported),
+                "{error}"
+            ),
+        }
+    }
 
     /// An answer of the kernel for one socket, then `attributes`.
     fn answer(

@@ -58,6 +58,8 @@ pub enum Event {
 
     /// The kernel's half failed at something; `call` says at what.
     KernelFailed { call: &'static str, problem: String },
+    /// Whether connections inside the node may go by the kernel alone; `problem` says why not.
+    DirectPath { on: bool, problem: Option<String> },
     /// A listener could not accept; it is tried again.
     AcceptFailed { workload: ObjectName, listener: &'static str, problem: String },
     /// A named limit was reached; its constant says what happens then. `limit` is the constant's name in lower case.
@@ -297,6 +299,8 @@ pub enum Reason {
     ClientReset,
     /// The server reset the connection.
     ServerReset,
+    /// A direct connection was reset by one of its ends, or given up: the kernel does not say by which.
+    Aborted,
     /// The tunnel beneath it broke.
     TunnelLost,
     /// The daemon drained for its full time.
@@ -412,6 +416,7 @@ impl Reason {
             Self::Protocol => "protocol",
             Self::ClientReset => "client_reset",
             Self::ServerReset => "server_reset",
+            Self::Aborted => "aborted",
             Self::TunnelLost => "tunnel_lost",
             Self::Drained => "drained",
             Self::Rejudged => "rejudged",

@@ -131,6 +131,10 @@ pub(super) fn write(event: &Event) {
             warn!(target: "event", file, problem, effect, "file unreadable");
         }
         Event::KernelFailed { call, problem } => error!(target: "event", call, problem, "kernel failed"),
+        Event::DirectPath { on: true, .. } => info!(target: "event", "direct path on"),
+        Event::DirectPath { on: false, problem } => {
+            warn!(target: "event", problem, "direct path off");
+        }
         Event::AcceptFailed { workload, listener, problem } => {
             error!(target: "event", %workload, listener, problem, "accept failed");
         }

@@ -64,6 +64,7 @@ pub struct Metrics {
     documents_refused: Counter,
     kernel_failures: Counter,
     accept_failures: Counter,
+    direct_path: Gauge,
     audit_checkpoint: Gauge,
     audit_lost: Counter,
     audit_failures: Counter,
@@ -198,6 +199,9 @@ impl Metrics {
             }
             Event::KernelFailed { .. } => {
                 self.kernel_failures.inc();
+            }
+            Event::DirectPath { on, .. } => {
+                self.direct_path.set(i64::from(*on));
             }
             Event::AcceptFailed { .. } => {
                 self.accept_failures.inc();
@@ -448,6 +452,7 @@ impl Default for Metrics {
             documents_refused: Counter::default(),
             kernel_failures: Counter::default(),
             accept_failures: Counter::default(),
+            direct_path: Gauge::default(),
             audit_checkpoint: Gauge::default(),
             audit_lost: Counter::default(),
             audit_failures: Counter::default(),
@@ -562,6 +567,11 @@ impl Metrics {
             "culvert_audit_failures",
             "Failures to write or sign the audit log",
             self.audit_failures.clone(),
+        );
+        registry.register(
+            "culvert_direct_path",
+            "1 when connections inside the node may go by the kernel alone",
+            self.direct_path.clone(),
         );
         registry.register("culvert_ready", "1 when ready", self.ready.clone());
     }

@@ -12,7 +12,7 @@ pub mod metrics;
 
 use std::sync::{
     Arc, OnceLock,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 pub use self::{
@@ -30,6 +30,7 @@ pub struct Sink {
     metrics: Arc<Metrics>,
     /// The limit of label sets was told.
     told: Arc<AtomicBool>,
+    connections: Arc<AtomicU64>,
     /// Where decisions are kept, if they are.
     recorder: Arc<OnceLock<Arc<dyn Recorder>>>,
 }
@@ -38,6 +39,11 @@ impl Sink {
     /// A sink with counters of its own, all at zero; lines go to the subscriber that is in force.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Number of another connection, unique within the process.
+    pub fn next_connection(&self) -> u64 {
+        self.connections.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// From here on decisions of all clones of this sink are kept there. Only the first one counts.
