@@ -10,12 +10,14 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use ebpf::verdict::{self, Connect, Connecting};
-use ebpf_abi::{Address, DropReason, Verdict, WorkloadNumber};
+use ebpf_abi::{Address, DropReason, PairVerdict, Verdict, WorkloadNumber};
 
 use crate::{
+    direct,
     maps::{
-        count_drop, count_verdict, forget_captured, host_workload, is_captured, is_exempt,
-        is_instance_of_host_workload, is_own_address, our_mark, record_captured, set_mark, workload_of,
+        InForce, count_drop, count_verdict, forget_captured, host_workload, is_captured, is_daemon_there,
+        is_exempt, is_instance_of_host_workload, is_own_address, local_owner, our_mark, record_captured,
+        set_mark, workload_of,
     },
     words::{address6, field, v4},
 };
@@ -46,6 +48,15 @@ fn connect(context: &SockAddrContext, target: impl Fn(*mut bpf_sock_addr) -> Add
             LET
         }
         Connect::Capture(workload) => capture(&socket, workload),
+        // Counted when it is published, before the SYN.
+        Connect::Direct(_) => {
+            clear(&socket);
+            LET
+        }
+        Connect::Deny { source, destination } => {
+            direct::tell_refused(source, destination, &socket.target(), socket.target_port());
+            refuse(DropReason::DirectDenied)
+        }
     }
 }
 
@@ -81,6 +92,17 @@ fn clear<T>(socket: &Socket<T>) {
         if is_captured(socket.sk) {
             forget_captured(socket.sk);
         }
+    }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "ports have 16 bits; the kernel keeps them in wider fields"
+)]
+impl<T> Socket<T> {
+    #[inline(always)]
+    fn target_port(&self) -> u16 {
+        u16::from_be(field!(self.raw, user_port) as u16)
     }
 }
 
@@ -133,6 +155,21 @@ impl<T: Fn(*mut bpf_sock_addr) -> Address> Connecting for Socket<T> {
     #[inline(always)]
     fn is_own(&self, workload: WorkloadNumber, address: &Address) -> bool {
         is_own_address(workload, address)
+    }
+
+    #[inline(always)]
+    fn local_owner(&self, address: &Address) -> Option<WorkloadNumber> {
+        if is_instance_of_host_workload() { None } else { local_owner(address) }
+    }
+
+    #[inline(always)]
+    fn is_daemon_there(&self) -> bool {
+        is_daemon_there()
+    }
+
+    #[inline(always)]
+    fn judge(&self, source: WorkloadNumber, destination: WorkloadNumber) -> PairVerdict {
+        verdict::direct::judge(&InForce::fetch(), source, destination, self.target_port())
     }
 }
 

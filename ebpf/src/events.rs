@@ -1,11 +1,12 @@
-//! What happens to sockets after the connect hook: a captured socket that listens is cleared, and connects of host
-//! workloads say who they are.
+//! What happens to sockets after the connect hook: a captured socket that listens is cleared, connects of host workloads
+//! say who they are, and those of pods that the pair table permits are published (`direct`).
 
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE,
+        BPF_TCP_FIN_WAIT2, bpf_sock, bpf_sock_ops,
     },
     helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
     programs::SockOpsContext,
@@ -14,6 +15,7 @@ use ebpf::verdict::{self, Ended, Opening};
 use ebpf_abi::{Address, DropReason, Origin, OriginKind, Tuple, WorkloadNumber};
 
 use crate::{
+    direct,
     maps::{
         close_origin, count_drop, forget_captured, forget_origin, host_workload, is_captured, is_exempt,
         is_instance_of_host_workload, is_origin, is_own_address, our_mark, port_owner, publish_origin,
@@ -27,18 +29,50 @@ pub(crate) fn event(context: &SockOpsContext) -> u32 {
     let raw = context.ops;
     match field!(raw, op) {
         BPF_SOCK_OPS_TCP_LISTEN_CB => listens(context),
-        BPF_SOCK_OPS_TCP_CONNECT_CB if is_instance_of_host_workload() => connects(context),
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB if is_instance_of_host_workload() => stands(context),
-        BPF_SOCK_OPS_STATE_CB if is_instance_of_host_workload() => {
-            let last_state = field!(raw, __bindgen_anon_1.args[0]);
-            let state = field!(raw, __bindgen_anon_1.args[1]);
+        operation if is_instance_of_host_workload() => event_on_host(context, operation),
+        operation => event_of_pod(context, operation),
+    }
+    0
+}
+
+#[inline(always)]
+fn event_on_host(context: &SockOpsContext, operation: u32) {
+    match operation {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connects(context),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => stands(context),
+        BPF_SOCK_OPS_STATE_CB => {
+            let [last_state, state] = states(context);
             if state == BPF_TCP_CLOSE {
                 closes(context, last_state);
             }
         }
         _ => {}
     }
-    0
+}
+
+#[inline(always)]
+fn event_of_pod(context: &SockOpsContext, operation: u32) {
+    match operation {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => direct::connects(context),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => direct::stands(context),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => direct::accepted(context),
+        BPF_SOCK_OPS_STATE_CB => {
+            let [last_state, state] = states(context);
+            match state {
+                BPF_TCP_FIN_WAIT2 => direct::is_half_closed(context),
+                BPF_TCP_CLOSE => direct::closes(context, last_state),
+                _ => {}
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The last state of a socket and the one that it enters.
+#[inline(always)]
+fn states(context: &SockOpsContext) -> [u32; 2] {
+    let raw = context.ops;
+    [field!(raw, __bindgen_anon_1.args[0]), field!(raw, __bindgen_anon_1.args[1])]
 }
 
 /// A captured socket that was disconnected and listens would send its SYN-ACKs to `lo`.
@@ -148,14 +182,14 @@ impl Opening for Connect {
 
 /// False where the mark could not be cleared.
 #[inline(always)]
-fn clear_mark(context: &SockOpsContext, sk: *mut bpf_sock) -> bool {
+pub(crate) fn clear_mark(context: &SockOpsContext, sk: *mut bpf_sock) -> bool {
     let mark = field!(sk, mark);
     // SAFETY: the context is the one of this hook.
     mark & our_mark() == 0 || unsafe { set_mark(context.as_ptr(), mark & !our_mark()) }
 }
 
 #[inline(always)]
-fn socket_of(context: &SockOpsContext) -> *mut bpf_sock {
+pub(crate) fn socket_of(context: &SockOpsContext) -> *mut bpf_sock {
     field!(context.ops, __bindgen_anon_2.sk)
 }
 
@@ -165,7 +199,7 @@ fn socket_of(context: &SockOpsContext) -> *mut bpf_sock {
     clippy::cast_possible_truncation,
     reason = "ports have 16 bits; the kernel keeps them in wider fields"
 )]
-fn tuple_of(context: &SockOpsContext) -> Tuple {
+pub(crate) fn tuple_of(context: &SockOpsContext) -> Tuple {
     let raw: *mut bpf_sock_ops = context.ops;
     let [source, target] = addresses_of(raw);
     Tuple {

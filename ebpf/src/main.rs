@@ -2,6 +2,7 @@
 //!
 //! outbound: [`connect4`], [`connect6`] mark and record; [`socket_events`] keeps records true; [`guard_egress`] and
 //! [`guard_ingress`] see to it that a record is kept even where a mark is not.
+//! direct: what the pair table permits is published by [`socket_events`] before its SYN and let by where it arrives.
 //! inbound: [`steer`] hands arriving and captured connections to the daemon's listeners.
 //!
 //! Every hook reads its context, asks a verdict, counts, returns. Every path that cannot be judged is closed for captured
@@ -13,6 +14,9 @@ mod capture;
 
 #[cfg(target_arch = "bpf")]
 mod events;
+
+#[cfg(target_arch = "bpf")]
+mod direct;
 
 #[cfg(target_arch = "bpf")]
 mod guard;

@@ -4,19 +4,28 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, SO_MARK, SOL_SOCKET, bpf_sock},
-    btf_maps::SkStorage,
-    helpers::generated::{bpf_setsockopt, bpf_sk_storage_delete, bpf_sk_storage_get},
+    bindings::{
+        BPF_F_NO_PREALLOC, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE,
+        BPF_SK_STORAGE_GET_F_CREATE, SO_MARK, SOL_SOCKET, bpf_sock,
+    },
+    btf_maps::{self, ArrayOfMaps, SkStorage},
+    helpers::generated::{
+        bpf_map_lookup_elem, bpf_ringbuf_query, bpf_setsockopt, bpf_sk_release, bpf_sk_storage_delete,
+        bpf_sk_storage_get,
+    },
     macros::{btf_map, map},
-    maps::{Array, HashMap, PerCpuArray, SockMap},
+    maps::{Array, HashMap, PerCpuArray, RingBuf, SockMap},
     programs::SkLookupContext,
 };
+use ebpf::verdict::direct::PairTable;
 use ebpf_abi::{
-    Address, CapturedRecord, Delivery, DropReason, ExemptRecord, Origin, OriginKind, OwnAddressKey, Port,
+    Address, CapturedRecord, Delivery, DirectArrival, DirectEvent, DirectEventKind, DirectValue, DropReason,
+    ExemptRecord, Generation, Origin, OriginKind, OwnAddressKey, PairKey, PairValue, PairVerdict, Port,
     PortAction, PortRule, SocketSlot, SteerMeta, Tuple, Verdict, WorkloadNumber, WorkloadValue,
     limits::{
-        COUNTERS_MAX, DELIVERIES_MAX, ORIGINS_MAX, OWN_ADDRESSES_MAX, SOCKETS_MAX, STATE_MAX,
-        STEER_ADDRESSES_MAX, STEER_PORTS_MAX, STEER_SLOTS_FACTOR, WORKLOADS_MAX,
+        COUNTERS_MAX, DELIVERIES_MAX, DIRECT_EVENTS_BYTES, DIRECT_MAX, ORIGINS_MAX, OWN_ADDRESSES_MAX,
+        PAIRS_MAX, SOCKETS_MAX, STATE_MAX, STEER_ADDRESSES_MAX, STEER_PORTS_MAX, STEER_SLOTS_FACTOR,
+        WORKLOADS_MAX,
     },
     workload::WORKLOAD_CAPTURE,
 };
@@ -41,6 +50,28 @@ static ORIGINS: HashMap<Tuple, Origin> = HashMap::with_max_entries(ORIGINS_MAX, 
 
 #[map]
 static DELIVERIES: HashMap<Tuple, Delivery> = HashMap::with_max_entries(DELIVERIES_MAX, BPF_F_NO_PREALLOC);
+
+#[map]
+static LOCAL_ADDRESSES: HashMap<Address, WorkloadNumber> =
+    HashMap::with_max_entries(OWN_ADDRESSES_MAX, BPF_F_NO_PREALLOC);
+
+/// One generation of the pair table.
+type Generations =
+    btf_maps::HashMap<PairKey, PairValue, { PAIRS_MAX as usize }, { BPF_F_NO_PREALLOC as usize }>;
+
+/// Its one slot holds the generation in force. A program that fetched it uses it to the end, and the daemon, which puts another
+/// one there, waits for all such programs.
+#[btf_map]
+static PAIRS: ArrayOfMaps<Generations, 1> = ArrayOfMaps::new();
+
+#[map]
+static DIRECT: HashMap<Tuple, DirectValue> = HashMap::with_max_entries(DIRECT_MAX, BPF_F_NO_PREALLOC);
+
+#[map]
+static DIRECT_EVENTS: RingBuf = RingBuf::with_byte_size(DIRECT_EVENTS_BYTES, 0);
+
+#[map]
+static DAEMON: SockMap = SockMap::with_max_entries(1, 0);
 
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS_MAX, 0);
@@ -73,6 +104,9 @@ static STEER_META: Array<SteerMeta> = Array::with_max_entries(1, 0);
 static MARK: Global<u32> = Global::new(0);
 
 #[unsafe(no_mangle)]
+static WORKLOAD: Global<u32> = Global::new(0);
+
+#[unsafe(no_mangle)]
 static HOST_WORKLOAD: Global<u32> = Global::new(0);
 
 #[unsafe(no_mangle)]
@@ -91,6 +125,12 @@ pub(crate) fn our_mark() -> u32 {
 #[inline(always)]
 pub(crate) fn is_host() -> bool {
     HOST.load() != 0
+}
+
+/// The enrolment whose namespace this instance of `steer` serves; `NONE` in the host's.
+#[inline(always)]
+pub(crate) fn steered_workload() -> WorkloadNumber {
+    WorkloadNumber(WORKLOAD.load())
 }
 
 /// The host workload whose cgroup this instance is attached to, for a socket of the host's namespace.
@@ -215,6 +255,115 @@ pub(crate) fn close_origin(tuple: &Tuple, socket_cookie: u64, now_nanos: u64) {
         if (*origin).socket_cookie == socket_cookie {
             (*origin).closed_nanos = now_nanos;
         }
+    }
+}
+
+/// Which pod of this node alone has an address.
+#[inline(always)]
+pub(crate) fn local_owner(address: &Address) -> Option<WorkloadNumber> {
+    // SAFETY: user space replaces the four bytes at once.
+    unsafe { LOCAL_ADDRESSES.get(address) }.copied()
+}
+
+/// Whether the daemon that keeps the pair table is alive: the slot empties itself with its listener (T-15).
+#[inline(always)]
+pub(crate) fn is_daemon_there() -> bool {
+    let slot = 0_u32;
+    // SAFETY: the map is a map of sockets with keys of four bytes; a socket that is found is released at once.
+    unsafe {
+        let listener =
+            bpf_map_lookup_elem(ptr::from_ref(&DAEMON).cast_mut().cast(), (&raw const slot).cast());
+        if listener.is_null() {
+            return false;
+        }
+        bpf_sk_release(listener);
+    }
+    true
+}
+
+/// The generation of the pair table that was in force when it was fetched. To be used for one question.
+pub(crate) struct InForce {
+    generation: Option<&'static Generations>,
+}
+
+impl InForce {
+    #[inline(always)]
+    pub(crate) fn fetch() -> Self {
+        Self { generation: PAIRS.get(0) }
+    }
+
+    /// Its number, as the entry of a source names it.
+    #[inline(always)]
+    pub(crate) fn number(&self, source: WorkloadNumber) -> Generation {
+        self.value(&PairKey::class_of(source)).map_or(Generation(0), |class| class.generation)
+    }
+
+    #[inline(always)]
+    fn value(&self, key: &PairKey) -> Option<PairValue> {
+        // SAFETY: a generation is written before it is put in force, and never after.
+        unsafe { self.generation?.get(key) }.copied()
+    }
+}
+
+impl PairTable for InForce {
+    #[inline(always)]
+    fn class(&self, source: WorkloadNumber) -> Option<u32> {
+        self.value(&PairKey::class_of(source)).map(|class| class.value)
+    }
+
+    #[inline(always)]
+    fn pair(&self, class: u32, destination: WorkloadNumber, port: Port) -> Option<PairVerdict> {
+        self.value(&PairKey::pair(class, destination, port)).map(|pair| PairVerdict::of(pair.value))
+    }
+}
+
+/// Publishes a direct connection; false at the limit. What an older socket left under the tuple is replaced.
+#[inline(always)]
+pub(crate) fn publish_direct(tuple: &Tuple, value: &DirectValue) -> bool {
+    DIRECT.insert(tuple, value, 0).is_ok()
+}
+
+/// The entry of a direct connection. Fields are read and written one by one: each has one writer, and an aligned load or store
+/// of them does not tear.
+#[inline(always)]
+pub(crate) fn direct(tuple: &Tuple) -> Option<*mut DirectValue> {
+    DIRECT.get_ptr_mut(tuple)
+}
+
+#[inline(always)]
+pub(crate) fn forget_direct(tuple: &Tuple) {
+    let _: Result<(), i32> = DIRECT.remove(tuple);
+}
+
+/// Notes how the destination received a direct connection.
+///
+/// # Safety
+/// `entry` comes from [`direct`], in this run of the program.
+#[inline(always)]
+pub(crate) unsafe fn note_arrival(entry: *mut DirectValue, arrival: DirectArrival) {
+    // SAFETY: the caller vouches for the entry.
+    unsafe { (&raw mut (*entry).arrival).write_volatile(arrival as u32) };
+}
+
+/// Tells the daemon what happened to a direct connection. It is called only when a quarter of the ring is filled, and looks by
+/// itself now and then. Refusals, which anybody can make in a loop, may fill half of it.
+#[inline(always)]
+pub(crate) fn tell(event: &DirectEvent) {
+    let ring: *mut c_void = ptr::from_ref(&DIRECT_EVENTS).cast_mut().cast();
+    // SAFETY: the map is a ring buffer.
+    let [filled, size] = unsafe {
+        [
+            bpf_ringbuf_query(ring, u64::from(BPF_RB_AVAIL_DATA)),
+            bpf_ringbuf_query(ring, u64::from(BPF_RB_RING_SIZE)),
+        ]
+    };
+    let is_refusal = event.kind == DirectEventKind::Refused as u32;
+    if is_refusal && filled >= size / 2 {
+        return count_drop(DropReason::DirectEventLost);
+    }
+    let wake = if filled >= size / 4 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
+    if DIRECT_EVENTS.output(event, u64::from(wake)).is_err() {
+        count_drop(DropReason::DirectEventLost);
     }
 }
 

@@ -9,9 +9,10 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use ebpf::verdict::{self, Arriving, Steer};
-use ebpf_abi::{Address, DropReason, OriginKind, PortAction, SocketSlot, Tuple, Verdict};
+use ebpf_abi::{Address, DirectArrival, DropReason, OriginKind, PortAction, SocketSlot, Tuple, Verdict};
 
 use crate::{
+    direct,
     maps::{
         Handed, count_drop, count_verdict, hand_to, has_action, is_delivery, is_host, is_origin,
         is_steer_address,
@@ -27,6 +28,14 @@ pub(crate) fn steer(context: &SkLookupContext) -> u32 {
         Steer::Pass => {
             count_verdict(Verdict::PassedArrival);
             SK_PASS
+        }
+        Steer::PassDirect => {
+            count_verdict(Verdict::PassedDirect);
+            SK_PASS
+        }
+        Steer::ToStale => {
+            count_drop(DropReason::DirectStale);
+            hand(context, SocketSlot::Inbound)
         }
         Steer::To(slot) => hand(context, slot),
     }
@@ -116,6 +125,11 @@ impl Arriving for Arrival {
     #[inline(always)]
     fn is_own(&self, address: &Address) -> bool {
         is_steer_address(address)
+    }
+
+    #[inline(always)]
+    fn direct(&self) -> Option<DirectArrival> {
+        direct::arrives(&self.tuple)
     }
 
     #[inline(always)]

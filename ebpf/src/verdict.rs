@@ -3,7 +3,12 @@
 //! Each question is asked only when the answer counts, so a hook pays for one look-up at a time. None of these functions
 //! can fail: what is unknown has an answer, too.
 
-use ebpf_abi::{Address, LOOPBACK_IFINDEX, OriginKind, SocketSlot, TUNNEL_PORT, WorkloadNumber};
+use ebpf_abi::{
+    Address, DirectArrival, LOOPBACK_IFINDEX, OriginKind, PairVerdict, SocketSlot, TUNNEL_PORT,
+    WorkloadNumber,
+};
+
+pub mod direct;
 
 /// What the connect hook knows of a socket that is about to connect.
 pub trait Connecting {
@@ -17,6 +22,13 @@ pub trait Connecting {
     fn target(&self) -> Address;
     /// Whether the workload itself has this address.
     fn is_own(&self, workload: WorkloadNumber, address: &Address) -> bool;
+    /// Which pod of this node alone has this address. Nobody, where the socket is one of a host workload: those take the way
+    /// through the daemon always.
+    fn local_owner(&self, address: &Address) -> Option<WorkloadNumber>;
+    /// Whether a daemon stands behind the pair table (T-15).
+    fn is_daemon_there(&self) -> bool;
+    /// What the pair table says of this connect.
+    fn judge(&self, source: WorkloadNumber, destination: WorkloadNumber) -> PairVerdict;
 }
 
 /// What happens to a connect.
@@ -30,6 +42,10 @@ pub enum Connect {
     PassLocal,
     /// Is marked and recorded, or refused where that fails.
     Capture(WorkloadNumber),
+    /// Goes to a workload of this node without the daemon: what an earlier connect left on the socket is removed.
+    Direct(WorkloadNumber),
+    /// Is refused.
+    Deny { source: WorkloadNumber, destination: WorkloadNumber },
 }
 
 #[inline(always)]
@@ -47,7 +63,18 @@ pub fn connect(socket: &impl Connecting) -> Connect {
     if is_loopback(&target) || is_unspecified(&target) || socket.is_own(workload, &target) {
         return Connect::PassLocal;
     }
-    Connect::Capture(workload)
+    let Some(destination) = socket.local_owner(&target) else {
+        return Connect::Capture(workload);
+    };
+    if !socket.is_daemon_there() {
+        // Nobody keeps the table true: the connect waits for the successor.
+        return Connect::Capture(workload);
+    }
+    match socket.judge(workload, destination) {
+        PairVerdict::Permit => Connect::Direct(workload),
+        PairVerdict::Deny => Connect::Deny { source: workload, destination },
+        PairVerdict::Ask => Connect::Capture(workload),
+    }
 }
 
 /// What is known of a connect of a host workload before its SYN.
@@ -89,6 +116,8 @@ pub trait Arriving {
     fn target_port(&self) -> u16;
     /// Whether this namespace has the address.
     fn is_own(&self, address: &Address) -> bool;
+    /// In a pod: how a connection that the kernel published for it is received; `None` where none was published.
+    fn direct(&self) -> Option<DirectArrival>;
     /// In a pod: whether connections to the port are left alone.
     fn is_exempt_port(&self, port: u16) -> bool;
     /// In the host's namespace: whether a host workload serves the port.
@@ -106,6 +135,10 @@ pub trait Arriving {
 pub enum Steer {
     /// The ordinary look-up goes on.
     Pass,
+    /// To the application: exactly this connection was permitted by the kernel.
+    PassDirect,
+    /// To the daemon's inbound listener: exactly this connection was permitted, and is not any more, or not here.
+    ToStale,
     /// To the daemon's listener; dropped where there is none.
     To(SocketSlot),
 }
@@ -132,10 +165,14 @@ pub fn steer_in_pod(arrival: &impl Arriving) -> Steer {
     if port == TUNNEL_PORT {
         return Steer::To(SocketSlot::Tunnel);
     }
+    let direct = arrival.direct();
+    if direct == Some(DirectArrival::Passed) {
+        return Steer::PassDirect;
+    }
     if arrival.is_exempt_port(port) {
         return Steer::Pass;
     }
-    Steer::To(SocketSlot::Inbound)
+    if direct.is_some() { Steer::ToStale } else { Steer::To(SocketSlot::Inbound) }
 }
 
 /// In the host's namespace only what belongs to a host workload is the daemon's.
@@ -265,6 +302,8 @@ mod tests {
         exempt: bool,
         stream: bool,
         target: &'static str,
+        daemon: bool,
+        table: PairVerdict,
     }
 
     impl Connecting for Dial {
@@ -283,9 +322,28 @@ mod tests {
         fn is_own(&self, workload: WorkloadNumber, asked: &Address) -> bool {
             workload == POD && OWN.iter().any(|own| address(own) == *asked)
         }
+        fn local_owner(&self, asked: &Address) -> Option<WorkloadNumber> {
+            NEAR_ADDRESSES.iter().any(|one| address(one) == *asked).then_some(NEAR)
+        }
+        fn is_daemon_there(&self) -> bool {
+            self.daemon
+        }
+        fn judge(&self, source: WorkloadNumber, destination: WorkloadNumber) -> PairVerdict {
+            assert_eq!((source, destination), (POD, NEAR));
+            self.table
+        }
     }
 
-    const DIAL: Dial = Dial { workload: Some(POD), exempt: false, stream: true, target: "10.8.1.9" };
+    const DIAL: Dial = Dial {
+        workload: Some(POD),
+        exempt: false,
+        stream: true,
+        target: "10.8.1.9",
+        daemon: true,
+        table: PairVerdict::Permit,
+    };
+    const NEAR: WorkloadNumber = WorkloadNumber(9);
+    const NEAR_ADDRESSES: [&str; 2] = ["10.8.1.44", "fd00:8:1::44"];
 
     #[track_caller]
     fn dial(dial: Dial, expected: Connect) {
@@ -338,6 +396,34 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_connect_to_a_workload_of_this_node_is_what_the_table_says() {
+        for target in ["10.8.1.44", "::ffff:10.8.1.44", "fd00:8:1::44"] {
+            let dialled = Dial { target, ..DIAL };
+            dial(dialled, Connect::Direct(POD));
+            let denied = Connect::Deny { source: POD, destination: NEAR };
+            dial(Dial { table: PairVerdict::Deny, ..dialled }, denied);
+            dial(Dial { table: PairVerdict::Ask, ..dialled }, Connect::Capture(POD));
+        }
+    }
+
+    // T-15
+    #[test]
+    fn without_a_daemon_no_table_permits_or_denies() {
+        for table in [PairVerdict::Permit, PairVerdict::Deny, PairVerdict::Ask] {
+            dial(Dial { target: "10.8.1.44", daemon: false, table, ..DIAL }, Connect::Capture(POD));
+        }
+    }
+
+    #[test]
+    fn the_table_is_asked_for_streams_of_others_only() {
+        let dialled = Dial { target: "10.8.1.44", ..DIAL };
+        dial(Dial { workload: None, ..dialled }, Connect::Pass);
+        dial(Dial { stream: false, ..dialled }, Connect::Pass);
+        dial(Dial { exempt: true, ..dialled }, Connect::PassExempt);
+        dial(Dial { target: "10.8.1.45", ..DIAL }, Connect::Capture(POD));
+    }
+
     // T-7
     #[test]
     fn a_socket_of_an_unknown_namespace_is_not_touched() {
@@ -364,6 +450,7 @@ mod tests {
         source: &'static str,
         target: &'static str,
         port: u16,
+        direct: Option<DirectArrival>,
         captured: bool,
         to_itself: bool,
         delivery: bool,
@@ -388,6 +475,9 @@ mod tests {
         fn is_own(&self, asked: &Address) -> bool {
             OWN.iter().any(|own| address(own) == *asked)
         }
+        fn direct(&self) -> Option<DirectArrival> {
+            self.direct
+        }
         fn is_exempt_port(&self, port: u16) -> bool {
             port == 9100
         }
@@ -411,6 +501,7 @@ mod tests {
         source: "10.8.1.9",
         target: "10.8.1.4",
         port: 8080,
+        direct: None,
         captured: false,
         to_itself: false,
         delivery: false,
@@ -432,6 +523,22 @@ mod tests {
     #[track_caller]
     fn host(syn: Syn, expected: Steer) {
         assert_eq!(steer_in_host(&syn), expected);
+    }
+
+    #[test]
+    fn a_permitted_connection_goes_to_its_application_and_every_other_to_the_daemon() {
+        pod(Syn { direct: Some(DirectArrival::Passed), ..SYN }, Steer::PassDirect);
+        pod(Syn { direct: Some(DirectArrival::Passed), port: 9100, ..SYN }, Steer::PassDirect);
+        for stale in [DirectArrival::Steered, DirectArrival::Unseen] {
+            pod(Syn { direct: Some(stale), ..SYN }, Steer::ToStale);
+            // Who needs no permit loses none.
+            pod(Syn { direct: Some(stale), port: 9100, ..SYN }, Steer::Pass);
+        }
+        let tunnel = Syn { direct: Some(DirectArrival::Passed), port: TUNNEL_PORT, ..SYN };
+        pod(tunnel, Steer::To(SocketSlot::Tunnel));
+        let elsewhere = Syn { direct: Some(DirectArrival::Passed), target: "10.8.1.44", ..SYN };
+        pod(elsewhere, Steer::To(SocketSlot::Outbound));
+        pod(Syn { direct: Some(DirectArrival::Passed), tcp: false, ..SYN }, Steer::Pass);
     }
 
     #[test]

@@ -82,6 +82,19 @@ pub struct Tuple {
     pub target_port: u16,
 }
 
+impl Tuple {
+    /// The same connection as the other end sees it.
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            source: self.target,
+            target: self.source,
+            source_port: self.target_port,
+            target_port: self.source_port,
+        }
+    }
+}
+
 /// Where a connection of a host workload goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]

@@ -29,6 +29,33 @@ pub const ORIGINS_MAX: u32 = 65_536;
 /// At the limit the delivery fails and the client is reset.
 pub const DELIVERIES_MAX: u32 = 65_536;
 
+/// Connections that the kernel let go from workload to workload, open at one time: as many as a node serves (60,000).
+/// At the limit a further connection is captured: it takes the way through the daemon.
+pub const DIRECT_MAX: u32 = 65_536;
+
+/// Entries of one generation of the pair table: classes and pairs. 500 pods with 200 different rights towards 500 pods with two
+/// ports each are 200,000 if every one of them is permitted or denied by the kernel.
+/// At the limit the table is refused, which is told, and an empty one is in force: everything takes the way through the daemon.
+pub const PAIRS_MAX: u32 = 262_144;
+
+/// Bytes of the ring buffer of events; a power of two. An event has 104 with its header: 10,000 events, or a quarter of a
+/// second at 20,000 connections a second. At the limit an event is lost, which is counted; the connection is not touched.
+/// Refusals may fill half of it: who connects in vain in a loop does not hide the connections of others.
+pub const DIRECT_EVENTS_BYTES: u32 = 1 << 20;
+
+/// How often the events are to be read even if the ring says nothing, in milliseconds: it calls only when a quarter of it is
+/// filled.
+pub const DIRECT_EVENTS_READ_EVERY_MILLIS: u64 = 100;
+
+/// Events that are taken at one time: what the ring holds when it calls, and some more. The rest is taken next time.
+pub const DIRECT_EVENTS_AT_ONCE: usize = 4_096;
+
+/// How long after the client's end of the handshake the destination may still look up its listener, which it does for the
+/// last segment where it sent a SYN cookie, in nanoseconds: 60 s, the time after which a client's repetitions of a lost
+/// segment are rarer than that. At the limit the segment is handed to the daemon, which has no connection of that kind: reset.
+/// Ends at once where the destination's socket stands.
+pub const DIRECT_HANDSHAKE_NANOS: u64 = 60_000_000_000;
+
 /// Slots of the counters: reasons from 0, verdicts from [`crate::reason::VERDICT_BASE`].
 pub const COUNTERS_MAX: u32 = 64;
 
@@ -50,5 +77,7 @@ const _: () = {
     assert!(crate::names::STATE_EPOCH < STATE_MAX);
     assert!(crate::names::STATE_LAST_NUMBER < STATE_MAX);
     assert!(crate::names::STATE_CGROUP < STATE_MAX);
+    assert!(crate::names::STATE_GENERATION < STATE_MAX);
+    assert!(DIRECT_EVENTS_BYTES.is_power_of_two());
     assert!(crate::SocketSlot::ALL.len() == SOCKETS_MAX as usize);
 };

@@ -29,19 +29,34 @@ pub const MAP_OWN_ADDRESSES: &str = "OWN_ADDRESSES";
 pub const MAP_ORIGINS: &str = "ORIGINS";
 /// Connections by which the daemon delivers inside the host's namespace.
 pub const MAP_DELIVERIES: &str = "DELIVERIES";
+/// Address -> the one pod of this node that has it, for the connect hooks.
+pub const MAP_LOCAL_ADDRESSES: &str = "LOCAL_ADDRESSES";
+/// The pair table: one slot, which holds the map of the generation in force. It is replaced as a whole.
+pub const MAP_PAIRS: &str = "PAIRS";
+/// Connections that the kernel let go directly.
+pub const MAP_DIRECT: &str = "DIRECT";
+/// Ring buffer of what happened to such connections.
+pub const MAP_DIRECT_EVENTS: &str = "DIRECT_EVENTS";
+/// One slot with a listener of the daemon; it empties itself when the daemon ends (T-15).
+pub const MAP_DAEMON: &str = "DAEMON";
 /// Counters per CPU; the slots are the numbers of `DropReason` and `Verdict`.
 pub const MAP_COUNTERS: &str = "COUNTERS";
 /// Facts of the node that outlive a daemon; slots are the `STATE_*` constants. Only user space uses it.
 pub const MAP_STATE: &str = "STATE";
 
 /// Maps of the node, pinned once and shared by all instances of all programs.
-pub const SHARED_MAPS: [&str; 8] = [
+pub const SHARED_MAPS: [&str; 13] = [
     MAP_EXEMPT,
     MAP_CAPTURED,
     MAP_WORKLOADS,
     MAP_OWN_ADDRESSES,
     MAP_ORIGINS,
     MAP_DELIVERIES,
+    MAP_LOCAL_ADDRESSES,
+    MAP_PAIRS,
+    MAP_DIRECT,
+    MAP_DIRECT_EVENTS,
+    MAP_DAEMON,
     MAP_COUNTERS,
     MAP_STATE,
 ];
@@ -61,6 +76,8 @@ pub const STEER_MAPS: [&str; 4] = [MAP_SOCKETS, MAP_STEER_ADDRESSES, MAP_STEER_P
 
 /// Global `u32`: our bit, or bits, in a socket's mark.
 pub const GLOBAL_MARK: &str = "MARK";
+/// Global `u32`: number of the enrolment whose namespace this instance of `steer` serves; 0 in the host's (T-13).
+pub const GLOBAL_WORKLOAD: &str = "WORKLOAD";
 /// Global `u32`: number of the host workload whose cgroup this instance is attached to; 0 in the instance of the node.
 pub const GLOBAL_HOST_WORKLOAD: &str = "HOST_WORKLOAD";
 /// Global `u64`: cookie of the host's network namespace; only meaningful beside `HOST_WORKLOAD`.
@@ -72,5 +89,7 @@ pub const GLOBAL_HOST: &str = "HOST";
 pub const STATE_EPOCH: u32 = 0;
 /// Slot of `STATE`: the workload number that was given last.
 pub const STATE_LAST_NUMBER: u32 = 1;
+/// Slot of `STATE`: the generation of the pair table that was given last.
+pub const STATE_GENERATION: u32 = 3;
 /// Slot of `STATE`: id of the cgroup to which the programs of the node are attached.
 pub const STATE_CGROUP: u32 = 2;

@@ -24,11 +24,21 @@ pub enum DropReason {
     OriginFailed = 8,
     /// A socket that listens kept its record or mark, because clearing failed.
     ClearFailed = 9,
+    /// A connect was refused because the pair table denies it.
+    DirectDenied = 10,
+    /// A permitted connection could not be published, because the map is full: it was captured.
+    DirectUnpublished = 11,
+    /// A permitted connection met another program than that of its destination, or none: it was cut before its first byte (T-13).
+    DirectMisled = 12,
+    /// A published connection arrived without a permit in the table of that moment, or a second time: handed to the daemon.
+    DirectStale = 13,
+    /// An event of a direct connection was lost, because the daemon did not read fast enough.
+    DirectEventLost = 14,
 }
 
 impl DropReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 15] = [
         Self::MarkFailed,
         Self::RecordFailed,
         Self::CapturedEgress,
@@ -39,6 +49,11 @@ impl DropReason {
         Self::SteerFailed,
         Self::OriginFailed,
         Self::ClearFailed,
+        Self::DirectDenied,
+        Self::DirectUnpublished,
+        Self::DirectMisled,
+        Self::DirectStale,
+        Self::DirectEventLost,
     ];
 
     /// The slot in the map `COUNTERS`.
@@ -59,6 +74,11 @@ impl DropReason {
             Self::SteerFailed => "steer_failed",
             Self::OriginFailed => "origin_failed",
             Self::ClearFailed => "clear_failed",
+            Self::DirectDenied => "direct_denied",
+            Self::DirectUnpublished => "direct_unpublished",
+            Self::DirectMisled => "direct_misled",
+            Self::DirectStale => "direct_stale",
+            Self::DirectEventLost => "direct_event_lost",
         }
     }
 }
@@ -81,11 +101,17 @@ pub enum Verdict {
     SteeredInbound = VERDICT_BASE + 5,
     /// Handed to the tunnel listener.
     SteeredTunnel = VERDICT_BASE + 6,
+    /// A connect was permitted by the pair table and published.
+    Direct = VERDICT_BASE + 7,
+    /// A connect that the pair table had permitted was captured before its SYN: it lost its permit in between (T-14).
+    DirectCaptured = VERDICT_BASE + 8,
+    /// A published connection arrived and went to its application.
+    PassedDirect = VERDICT_BASE + 9,
 }
 
 impl Verdict {
     /// All verdicts, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 10] = [
         Self::Captured,
         Self::PassedConnect,
         Self::PassedExempt,
@@ -93,6 +119,9 @@ impl Verdict {
         Self::SteeredOutbound,
         Self::SteeredInbound,
         Self::SteeredTunnel,
+        Self::Direct,
+        Self::DirectCaptured,
+        Self::PassedDirect,
     ];
 
     /// The slot in the map `COUNTERS`.
@@ -110,6 +139,9 @@ impl Verdict {
             Self::SteeredOutbound => "steered_outbound",
             Self::SteeredInbound => "steered_inbound",
             Self::SteeredTunnel => "steered_tunnel",
+            Self::Direct => "direct",
+            Self::DirectCaptured => "direct_captured",
+            Self::PassedDirect => "passed_direct",
         }
     }
 }

@@ -3,6 +3,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::{
+    direct::{DirectEvent, DirectValue, PairKey, PairValue},
     flow::{Address, Delivery, Origin, PortRule, Tuple},
     workload::{CapturedRecord, ExemptRecord, OwnAddressKey, SteerMeta, WorkloadNumber, WorkloadValue},
 };
@@ -40,6 +41,14 @@ impl Tuple {
     }
 }
 
+impl DirectEvent {
+    /// Reads an entry of the ring buffer; `None` where it has another size.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        // SAFETY: the size is checked, the read needs no alignment, and every bit pattern is a value of the type.
+        (bytes.len() == size_of::<Self>()).then(|| unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+    }
+}
+
 macro_rules! plain {
     ($($layout:ty),+ $(,)?) => {
         $(
@@ -54,9 +63,13 @@ plain!(
     Address,
     CapturedRecord,
     Delivery,
+    DirectEvent,
+    DirectValue,
     ExemptRecord,
     Origin,
     OwnAddressKey,
+    PairKey,
+    PairValue,
     PortRule,
     SteerMeta,
     Tuple,

@@ -14,7 +14,7 @@ use ebpf_abi::{
 };
 
 use super::{
-    EnrolTarget, Kernel, KernelError, Report, WorkloadKind, attach,
+    EnrolTarget, Kernel, KernelError, Report, WorkloadKind, attach, direct,
     load::{self, Purpose},
     maps::{self, Steering},
     pins,
@@ -51,7 +51,8 @@ impl Kernel {
             None
         } else {
             pins::make(&folder)?;
-            Some(load::instance(Purpose::SteerPod { folder: &folder }, &self.config, &self.pins.maps())?)
+            let purpose = Purpose::SteerPod { number, folder: &folder };
+            Some(load::instance(purpose, &self.config, &self.pins.maps())?)
         };
         let mut steering = Steering::open(&folder)?;
         steering.set_addresses(&addresses)?;
@@ -72,7 +73,7 @@ impl Kernel {
         };
         self.shared.set_own_addresses(number, &workload.addresses)?;
         self.workloads.insert(number, workload);
-        Ok(())
+        self.write_local_addresses(None)
     }
 
     /// All host workloads share the instance of the host's namespace and its listeners.
@@ -130,7 +131,32 @@ impl Kernel {
         };
         self.shared.set_own_addresses(number, &workload.addresses)?;
         self.workloads.insert(number, workload);
-        self.write_host()
+        self.write_host()?;
+        self.write_local_addresses(None)
+    }
+
+    /// Says which addresses lead to which pod, for connects of the others; those of `leaving` lead to nobody.
+    pub(super) fn write_local_addresses(
+        &mut self,
+        leaving: Option<WorkloadNumber>,
+    ) -> Result<(), KernelError> {
+        let staying = self.workloads.iter().filter(|(number, _)| Some(**number) != leaving);
+        let owners =
+            direct::owners(staying.map(|(number, workload)| {
+                (*number, workload.cookie, workload.cgroup == 0, &workload.addresses)
+            }));
+        self.pairs.set_local_addresses(&owners)
+    }
+
+    /// Changes the addresses that a workload is known to have, and returns what it had.
+    pub(super) fn change_addresses(
+        &mut self,
+        number: WorkloadNumber,
+        change: impl FnOnce(&BTreeSet<IpAddr>) -> BTreeSet<IpAddr>,
+    ) -> Result<BTreeSet<IpAddr>, KernelError> {
+        let workload = self.workloads.get_mut(&number).ok_or(KernelError::Unknown(number))?;
+        let changed = change(&workload.addresses);
+        Ok(std::mem::replace(&mut workload.addresses, changed))
     }
 
     /// Whether the addresses and ports of all host workloads fit, with these of one of them. Asked before anything is changed:
@@ -259,7 +285,7 @@ impl Kernel {
                 key,
                 cookie: meta.netns_cookie,
                 folder,
-                addresses: BTreeSet::new(),
+                addresses: self.shared.own_addresses(meta.number)?,
                 ports: BTreeSet::new(),
                 cgroup: meta.cgroup,
                 kind: None,

@@ -29,7 +29,7 @@ pub(super) enum Purpose<'a> {
     /// the folder.
     HostWorkload { number: WorkloadNumber, netns_cookie: u64, host: &'a Path },
     /// `steer` in a pod's namespace; its own maps are pinned in the folder.
-    SteerPod { folder: &'a Path },
+    SteerPod { number: WorkloadNumber, folder: &'a Path },
     /// `steer` in the host's namespace; its own maps are pinned in the folder.
     SteerHost { folder: &'a Path },
 }
@@ -55,16 +55,24 @@ pub(super) fn instance(
         Purpose::HostWorkload { number, netns_cookie, .. } => (number.0, netns_cookie),
         Purpose::Node | Purpose::SteerPod { .. } | Purpose::SteerHost { .. } => (WorkloadNumber::NONE.0, 0),
     };
+    let steered = match purpose {
+        Purpose::SteerPod { number, .. } => number.0,
+        Purpose::Node | Purpose::HostWorkload { .. } | Purpose::SteerHost { .. } => WorkloadNumber::NONE.0,
+    };
     let host = u32::from(matches!(purpose, Purpose::SteerHost { .. }));
     let mut loader = EbpfLoader::new();
     loader
         .override_global(names::GLOBAL_MARK, &config.mark, true)
+        .override_global(names::GLOBAL_WORKLOAD, &steered, true)
         .override_global(names::GLOBAL_HOST_WORKLOAD, &number, true)
         .override_global(names::GLOBAL_HOST_NETNS_COOKIE, &netns_cookie, true)
         .override_global(names::GLOBAL_HOST, &host, true)
         .map_max_entries(names::MAP_WORKLOADS, config.sizes.workloads)
         .map_max_entries(names::MAP_OWN_ADDRESSES, config.sizes.own_addresses)
-        .map_max_entries(names::MAP_ORIGINS, config.sizes.origins);
+        .map_max_entries(names::MAP_ORIGINS, config.sizes.origins)
+        .map_max_entries(names::MAP_LOCAL_ADDRESSES, config.sizes.local_addresses)
+        .map_max_entries(names::MAP_DIRECT, config.sizes.direct)
+        .map_max_entries(names::MAP_DIRECT_EVENTS, config.sizes.direct_events_bytes);
     for map in names::SHARED_MAPS {
         loader.map_pin_path(map, shared_maps.join(map));
     }
@@ -73,7 +81,7 @@ pub(super) fn instance(
         Purpose::HostWorkload { host, .. } => {
             loader.map_pin_path(names::MAP_STEER_PORTS, host.join(names::MAP_STEER_PORTS));
         }
-        Purpose::SteerPod { folder } | Purpose::SteerHost { folder } => {
+        Purpose::SteerPod { folder, .. } | Purpose::SteerHost { folder } => {
             for map in names::STEER_MAPS {
                 loader.map_pin_path(map, folder.join(map));
             }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     net::IpAddr,
     os::fd::{AsRawFd as _, BorrowedFd},
     path::Path,
@@ -41,8 +42,7 @@ impl Shared {
                 .during(|| opening(names::MAP_OWN_ADDRESSES))?,
             counters: PerCpuArray::try_from(Map::PerCpuArray(pinned(folder, names::MAP_COUNTERS)?))
                 .during(|| opening(names::MAP_COUNTERS))?,
-            state: Array::try_from(Map::Array(pinned(folder, names::MAP_STATE)?))
-                .during(|| opening(names::MAP_STATE))?,
+            state: state(folder)?,
         })
     }
 
@@ -79,6 +79,16 @@ impl Shared {
         gone(self.workloads.remove(&netns_cookie), names::MAP_WORKLOADS)
     }
 
+    /// The own addresses of a workload.
+    pub(super) fn own_addresses(&self, workload: WorkloadNumber) -> Result<BTreeSet<IpAddr>, KernelError> {
+        let keys: Vec<OwnAddressKey> = self
+            .own_addresses
+            .keys()
+            .collect::<Result<_, _>>()
+            .during(|| reading(names::MAP_OWN_ADDRESSES))?;
+        Ok(keys.into_iter().filter(|key| key.workload == workload).map(|key| key.address.into()).collect())
+    }
+
     /// Makes `addresses` the own addresses of a workload: new ones first, so that none is missing in between. At the limit
     /// nothing is changed.
     pub(super) fn set_own_addresses(
@@ -101,15 +111,8 @@ impl Shared {
             }
             added.push(key);
         }
-        let keys: Vec<OwnAddressKey> = self
-            .own_addresses
-            .keys()
-            .collect::<Result<_, _>>()
-            .during(|| reading(names::MAP_OWN_ADDRESSES))?;
-        let stale = keys
-            .into_iter()
-            .filter(|key| key.workload == workload && !addresses.contains(&IpAddr::from(key.address)));
-        for key in stale {
+        for stale in self.own_addresses(workload)?.difference(addresses) {
+            let key = OwnAddressKey { workload, address: Address::from(*stale) };
             gone(self.own_addresses.remove(&key), names::MAP_OWN_ADDRESSES)?;
         }
         Ok(())
@@ -197,6 +200,11 @@ impl Steering {
     }
 }
 
+/// Facts of the node.
+pub(super) fn state(folder: &Path) -> Result<Array<MapData, u64>, KernelError> {
+    Array::try_from(Map::Array(pinned(folder, names::MAP_STATE)?)).during(|| opening(names::MAP_STATE))
+}
+
 /// Whose instance is pinned in a folder.
 pub(super) fn meta(folder: &Path) -> Result<SteerMeta, KernelError> {
     meta_map(folder)?.get(&0, 0).during(|| reading(names::MAP_STEER_META))
@@ -249,11 +257,14 @@ pub(super) fn within(
     limit: u32,
 ) -> Result<(), KernelError> {
     match inserted {
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(Errno::E2BIG as i32) => {
-            Err(full(map, limit))
-        }
+        Err(MapError::SyscallError(error)) if is_full(&error.io_error) => Err(full(map, limit)),
         other => other.during(|| writing(map)),
     }
+}
+
+/// Whether an insertion met the map's limit.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::E2BIG as i32)
 }
 
 /// Whether so many own addresses fit into one namespace.

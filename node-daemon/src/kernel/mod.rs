@@ -16,6 +16,10 @@
 //! kernel.inbound_ports(WorkloadNumber, &[u16])                         // host workloads
 //! kernel.uncapture(WorkloadNumber)                                     // (caller: remove rules, routes) then
 //! kernel.release(WorkloadNumber)                                       // also for remembered numbers; implies uncapture
+//! kernel.set_pairs(&DirectTable) -> Result<Generation, _>              // which pairs the kernel lets by; the first one puts this
+//!     // daemon in its predecessor's place, an empty one makes nothing direct; then, at once:
+//! kernel.direct() -> Direct        Direct::connections() -> Result<Vec<(Tuple, DirectValue)>, _>  // to be judged again (T-14)
+//!     Direct::events() -> Result<DirectEvents, _>   DirectEvents::take() -> Result<Vec<DirectEvent>, _>   Direct::forget(&Tuple)
 //! kernel.exempt() -> Exempt        Exempt::mark(&self, BorrowedFd)     // before connect(), on each of the daemon's sockets
 //! kernel.origins() -> Origins      Origins::take(client, target) -> Option<WorkloadNumber>   // host listeners: who dialled?
 //!     // a host workload that dials itself, at loopback or another address of the host, is left alone and never asked for
@@ -44,6 +48,8 @@ mod enrolment;
 
 mod origins;
 
+mod direct;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -53,14 +59,16 @@ use std::{
 };
 
 use ebpf_abi::{
-    DropReason, Verdict, WorkloadNumber, limits,
-    names::{self, STATE_CGROUP, STATE_EPOCH},
+    DropReason, Generation, Verdict, WorkloadNumber, limits,
+    names::{self, STATE_CGROUP, STATE_EPOCH, STATE_GENERATION},
 };
 
+pub use direct::{Direct, DirectEvents, DirectTable};
 pub use error::{KernelError, Report};
 pub use origins::{Announced, Deliveries, Exempt, Origins};
 
 use crate::sys::cgroup::cgroup_id;
+use direct::Pairs;
 use enrolment::{Workload, check_listeners};
 use load::Purpose;
 use maps::{Shared, Steering, check_addresses};
@@ -89,6 +97,12 @@ pub struct MapSizes {
     pub workloads: u32,
     pub own_addresses: u32,
     pub origins: u32,
+    pub local_addresses: u32,
+    pub direct: u32,
+    /// Entries of one generation of the pair table.
+    pub pairs: u32,
+    /// A power of two, and at least a page.
+    pub direct_events_bytes: u32,
 }
 
 impl Default for MapSizes {
@@ -97,6 +111,10 @@ impl Default for MapSizes {
             workloads: limits::WORKLOADS_MAX,
             own_addresses: limits::OWN_ADDRESSES_MAX,
             origins: limits::ORIGINS_MAX,
+            local_addresses: limits::OWN_ADDRESSES_MAX,
+            direct: limits::DIRECT_MAX,
+            pairs: limits::PAIRS_MAX,
+            direct_events_bytes: limits::DIRECT_EVENTS_BYTES,
         }
     }
 }
@@ -148,6 +166,8 @@ pub struct Kernel {
     exempt: Exempt,
     origins: Origins,
     deliveries: Deliveries,
+    pairs: Pairs,
+    direct: Direct,
     epoch: u64,
     workloads: BTreeMap<WorkloadNumber, Workload>,
 }
@@ -193,6 +213,8 @@ impl Kernel {
             exempt: Exempt::open(&pins.maps())?,
             origins: Origins::open(&pins.maps())?,
             deliveries: Deliveries::open(&pins.maps())?,
+            pairs: Pairs::open(&pins.maps(), config.sizes.pairs)?,
+            direct: Direct::open(&pins.maps(), epoch)?,
             pins,
             shared,
             epoch,
@@ -201,6 +223,7 @@ impl Kernel {
         kernel.origins.sweep()?;
         kernel.deliveries.sweep()?;
         kernel.remember()?;
+        kernel.write_local_addresses(None)?;
         Ok(kernel)
     }
 
@@ -269,13 +292,23 @@ impl Kernel {
         } else {
             self.check_host_room(number, &addresses, &workload.ports)?;
         }
-        self.shared.set_own_addresses(number, &addresses)?;
-        let workload = self.workloads.get_mut(&number).ok_or(KernelError::Unknown(number))?;
-        workload.addresses = addresses;
-        if is_pod {
-            return Steering::open(&workload.folder)?.set_addresses(&workload.addresses);
+        // What the workload loses is nobody's before anything else knows (T-17), what it gains is its own after all do.
+        let before =
+            self.change_addresses(number, |present| present.intersection(&addresses).copied().collect())?;
+        self.write_local_addresses(None)?;
+        if let Err(error) = self.shared.set_own_addresses(number, &addresses) {
+            self.change_addresses(number, |_| before)?;
+            self.write_local_addresses(None)?;
+            return Err(error);
         }
-        self.write_host()
+        self.change_addresses(number, |_| addresses)?;
+        let workload = self.workloads.get(&number).ok_or(KernelError::Unknown(number))?;
+        if is_pod {
+            Steering::open(&workload.folder)?.set_addresses(&workload.addresses)?;
+        } else {
+            self.write_host()?;
+        }
+        self.write_local_addresses(None)
     }
 
     /// Changes the ports at which connections to a pod are left alone.
@@ -329,7 +362,13 @@ impl Kernel {
     }
 
     /// Ends an enrolment: nothing of it stays in the kernel. Also for remembered ones.
+    ///
+    /// First of all its addresses lead to nobody any more: they may be another's right after this (T-17). Direct connections that
+    /// are on their way to it keep their entries, which name this enrolment and no other: whoever else answers is found out
+    /// (T-13).
     pub fn release(&mut self, number: WorkloadNumber) -> Result<(), KernelError> {
+        self.check_owner()?;
+        self.write_local_addresses(Some(number))?;
         self.uncapture(number)?;
         self.shared.set_own_addresses(number, &BTreeSet::new())?;
         let Some(workload) = self.workloads.remove(&number) else {
@@ -343,6 +382,32 @@ impl Kernel {
             return self.write_host();
         }
         pins::remove(&self.pins.host(), &mut Report::default())
+    }
+
+    /// Puts a pair table in force, completely and at once. When this returns no program uses an older one any more: what that one
+    /// permitted is listed by [`Direct::connections`].
+    ///
+    /// The first call puts this daemon in its predecessor's place. Until then the predecessor's table is in force as long as
+    /// that one lives, and none when it does not (T-15); and none as long as another schema version is pinned, whose programs
+    /// capture everything.
+    ///
+    /// # Errors
+    /// [`KernelError::Limit`] beyond [`limits::PAIRS_MAX`]. After any error an empty table is in force: nothing is direct.
+    pub fn set_pairs(&mut self, table: &DirectTable) -> Result<Generation, KernelError> {
+        self.check_owner()?;
+        let last = self.shared.state(STATE_GENERATION)?;
+        let generation = u32::try_from(last + 1).unwrap_or(1);
+        self.shared.set_state(STATE_GENERATION, u64::from(generation))?;
+        self.pairs.set(table, Generation(generation))?;
+        if self.other_schemas()?.is_empty() {
+            self.pairs.be_there()?;
+        }
+        Ok(Generation(generation))
+    }
+
+    /// Says what became of direct connections.
+    pub fn direct(&self) -> Direct {
+        self.direct.clone()
     }
 
     /// Exempts the daemon's own sockets from capture.
@@ -374,13 +439,20 @@ impl Kernel {
 
     /// Removes what daemons of other schema versions pinned for this node. To be called when all workloads are under this
     /// one, so that nothing is open in between (T-24).
-    pub fn retire_older_schemas(&self) -> Result<Report, KernelError> {
+    pub fn retire_older_schemas(&mut self) -> Result<Report, KernelError> {
         self.check_owner()?;
         let mut report = Report::default();
-        for folder in pins::list(self.pins.node())?.iter().filter(|folder| *folder != self.pins.schema()) {
-            pins::remove(folder, &mut report)?;
+        for folder in self.other_schemas()? {
+            pins::remove(&folder, &mut report)?;
         }
+        self.pairs.be_there()?;
         Ok(report)
+    }
+
+    fn other_schemas(&self) -> Result<Vec<PathBuf>, KernelError> {
+        let mut folders = pins::list(self.pins.node())?;
+        folders.retain(|folder| folder != self.pins.schema());
+        Ok(folders)
     }
 }
 

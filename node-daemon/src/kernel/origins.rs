@@ -180,7 +180,7 @@ impl Drop for Announced {
 }
 
 /// A map is a descriptor: nothing in it is half-written when a thread panics.
-fn locked<T>(map: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(map: &Mutex<T>) -> MutexGuard<'_, T> {
     map.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
