@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, EnrolmentView, NodeCertificateView, Stage, Views, serve::Listener},
-    certs::{self, AuthorityConfig, Wanted},
+    certs::{self, AuthorityConfig, ClientFiles, Wanted},
     config::Config,
     control::{self, ControlConfig},
     datapath::{self, Holds, Limits},
@@ -152,9 +152,12 @@ impl Daemon {
         place.become_owner().await?;
         let (enrolment, workloads) =
             Enrolment::start(enrol_config, kernel, control.snapshots.clone(), events.clone())?;
+        let files = ClientFiles::new(config.client_files.clone(), events.clone());
+        tokio::spawn(Arc::clone(&files).follow(control.snapshots.clone()));
         let datapath = datapath::start(datapath::Inputs {
             snapshots: control.snapshots.clone(),
             credentials: Arc::clone(certs.store()),
+            files: Arc::clone(&files),
             keys: jwks::Store::start(keys_config(config), events.clone())?,
             workloads,
             events: events.clone(),
@@ -163,7 +166,7 @@ impl Daemon {
         });
         let datapath = Arc::new(Mutex::new(Some(datapath)));
         let stage = watch::Sender::new(Stage::Running);
-        let views = views(config, &control, &certs, &enrolment, &datapath, &stage, events);
+        let views = views(config, &control, &certs, &enrolment, &datapath, &files, &stage, events);
         let pages = Pages::open(config, views).await?;
         Ok(Self { place, control, certs, enrolment, datapath, stage, pages })
     }
@@ -304,13 +307,15 @@ fn views(
     certs: &Arc<certs::Handle>,
     enrolment: &Enrolment,
     datapath: &Datapath,
+    files: &Arc<ClientFiles>,
     stage: &watch::Sender<Stage>,
     events: &Sink,
 ) -> Views {
     let (enrolled, counted) = (enrolment.views(), enrolment.views());
     // The views do not keep the room running.
     let (certificates, node_certificate) = (Arc::downgrade(certs), Arc::downgrade(certs));
-    let datapath = Arc::clone(datapath);
+    let (datapath, ledger) = (Arc::clone(datapath), enrolment.ledger());
+    let files = Arc::clone(files);
     Views {
         node: config.node.clone(),
         configuration: config.shown(),
@@ -325,8 +330,10 @@ fn views(
         }),
         connections: Arc::new(move || {
             let running = datapath.lock().unwrap_or_else(PoisonError::into_inner);
-            running.as_ref().map(datapath::Handle::connections).unwrap_or_default()
+            let carried = running.as_ref().map(datapath::Handle::connections).unwrap_or_default();
+            carried.into_iter().chain(ledger.views()).collect()
         }),
+        client_files: Arc::new(move |snapshot| files.faults(snapshot)),
         kernel: Arc::new(move || counted.borrow().counters.clone()),
         events: events.clone(),
     }

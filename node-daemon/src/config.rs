@@ -4,6 +4,7 @@
 //! leaf: knows no room. Refusals name field, value, what was expected and what to do.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -25,11 +26,24 @@ const FILE_BYTES_MAX: u64 = 64 * 1024;
 /// Longest name of a node, in bytes: it stands in certificates, pin paths and cgroup names (RFC 1123 subdomain).
 const NODE_NAME_BYTES_MAX: usize = 253;
 
+/// Longest name of a namespace, in bytes (RFC 1123 label).
+const NAMESPACE_BYTES_MAX: usize = 63;
+
 /// Longest hold, in seconds: beyond it, applications have given up.
 const HOLD_SECONDS_MAX: u64 = 300;
 
 /// Longest drain, in seconds.
 const DRAIN_SECONDS_MAX: u64 = 3_600;
+
+/// Sizes of a segment of the audit log, in bytes: room for some records beside its two ends, and what tools still open.
+const AUDIT_SEGMENT_BYTES: (u64, u64) = (1 << 18, 1 << 30);
+
+/// Segments of the audit log that are kept: the one that is written and one before, and what a folder lists quickly.
+const AUDIT_SEGMENTS: (u64, u64) = (2, 10_000);
+
+/// Records, and seconds, between two checkpoints of the audit log. A signature takes some 30 us.
+const AUDIT_CHECKPOINT_RECORDS: (u64, u64) = (1, 100_000);
+const AUDIT_CHECKPOINT_SECONDS: (u64, u64) = (1, 3_600);
 
 /// Most threads that run tasks.
 const WORKERS_MAX: u64 = 256;
@@ -45,6 +59,11 @@ const DEFAULT_HOLD_CERTIFICATE: Duration = Duration::from_secs(10);
 const DEFAULT_HOLD_UNKNOWN_ADDRESS: Duration = Duration::from_secs(5);
 const DEFAULT_HOLD_DEAD_PEER: Duration = Duration::from_secs(10);
 const DEFAULT_DRAIN: Duration = Duration::from_secs(30);
+const DEFAULT_AUDIT: &str = "var/lib/culvert/audit";
+const DEFAULT_AUDIT_SEGMENT_BYTES: u64 = 64 << 20;
+const DEFAULT_AUDIT_SEGMENTS: u64 = 16;
+const DEFAULT_AUDIT_CHECKPOINT_RECORDS: u64 = 1_024;
+const DEFAULT_AUDIT_CHECKPOINT_SECONDS: u64 = 10;
 
 /// The whole configuration of a node's daemon, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,7 +81,11 @@ pub struct Config {
     pub hold: HoldConfig,
     pub drain: Duration,
     pub jwks: JwksConfig,
+    /// By namespace: the folder beneath which its DestinationRules may name files (T-20).
+    pub client_files: BTreeMap<String, PathBuf>,
     pub log: LogConfig,
+    /// `None`: no audit log is kept.
+    pub audit: Option<AuditConfig>,
     /// Threads that run tasks; `None`: one a processor.
     pub workers: Option<usize>,
 }
@@ -100,6 +123,53 @@ pub struct LogConfig {
     pub format: LogFormat,
     /// A level, or a list such as `info,node_daemon::control=debug`.
     pub level: String,
+}
+
+/// The audit log. It is kept where the section stands, if only as `audit: {}`: it costs disk, and says who talks to whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditConfig {
+    /// Folder of the segments (0700).
+    pub folder: PathBuf,
+    /// Size at which a segment is followed by the next.
+    pub segment_bytes: u64,
+    /// Segments that are kept, the one that is written included. With `segment_bytes` this bounds the log.
+    pub keep_segments: usize,
+    /// A checkpoint is signed after so many records,
+    pub checkpoint_records: u64,
+    /// and so long after the first record that is not signed.
+    pub checkpoint: Duration,
+    pub on_full: OnFull,
+}
+
+/// What happens to a decision that the audit log has no place for: too many wait, or the disk is full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFull {
+    /// It stands, and the log says how many are missing.
+    #[default]
+    Drop,
+    /// What would be allowed is denied: nothing passes that is not recorded.
+    Deny,
+}
+
+impl OnFull {
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Drop => "drop",
+            Self::Deny => "deny",
+        }
+    }
+}
+
+impl FromStr for OnFull {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "drop" => Ok(Self::Drop),
+            "deny" => Ok(Self::Deny),
+            _ => Err(()),
+        }
+    }
 }
 
 /// The folder before `/etc/culvert`, `/var/lib/culvert` and `/run/culvert`.
@@ -239,7 +309,9 @@ impl Config {
             hold: HoldConfig::parse(&mut top)?,
             drain: top.seconds("drainSeconds", DRAIN_SECONDS_MAX)?.unwrap_or(DEFAULT_DRAIN),
             jwks: JwksConfig::parse(&mut top)?,
+            client_files: client_files(&mut top)?,
             log: LogConfig::parse(&mut top)?,
+            audit: AuditConfig::parse(&mut top, &root)?,
             workers: top
                 .number("workers", 1, WORKERS_MAX)?
                 .map(|workers| usize::try_from(workers).expect("at most 256")),
@@ -279,7 +351,9 @@ impl Config {
             },
             "drainSeconds": self.drain.as_secs(),
             "jwks": {"allow": self.jwks.allow, "http": self.jwks.http, "roots": self.jwks.roots},
+            "clientFiles": self.client_files,
             "log": {"format": self.log.format.label(), "level": self.log.level},
+            "audit": self.audit.as_ref().map(AuditConfig::shown),
             "workers": self.workers,
         })
     }
@@ -329,6 +403,35 @@ impl JwksConfig {
     }
 }
 
+/// `clientFiles: {<namespace>: <folder>}`
+fn client_files(top: &mut Section) -> Result<BTreeMap<String, PathBuf>, ConfigError> {
+    let mut section = top.section("clientFiles")?;
+    let namespaces: Vec<String> = section.keys.keys().cloned().collect();
+    let mut folders = BTreeMap::new();
+    for namespace in namespaces {
+        if !is_namespace(&namespace) {
+            return Err(ConfigError::Invalid {
+                field: section.field(&namespace),
+                value: namespace,
+                expected: "the name of a namespace: 1 to 63 of a-z, 0-9 and '-'".to_owned(),
+                remedy: "write namespace: folder lines".to_owned(),
+            });
+        }
+        if let Some(folder) = section.path(&namespace)? {
+            folders.insert(namespace, folder);
+        }
+    }
+    section.finish()?;
+    Ok(folders)
+}
+
+fn is_namespace(text: &str) -> bool {
+    (1..=NAMESPACE_BYTES_MAX).contains(&text.len())
+        && text.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+}
+
 impl LogConfig {
     fn parse(top: &mut Section) -> Result<Self, ConfigError> {
         let mut section = top.section("log")?;
@@ -338,6 +441,44 @@ impl LogConfig {
         };
         section.finish()?;
         Ok(config)
+    }
+}
+
+impl AuditConfig {
+    fn parse(top: &mut Section, root: &Root) -> Result<Option<Self>, ConfigError> {
+        if !top.keys.contains_key("audit") {
+            return Ok(None);
+        }
+        let mut section = top.section("audit")?;
+        let mut number =
+            |key, (least, most), default| Ok(section.number(key, least, most)?.unwrap_or(default));
+        let segment_bytes = number("segmentBytes", AUDIT_SEGMENT_BYTES, DEFAULT_AUDIT_SEGMENT_BYTES)?;
+        let segments = number("keepSegments", AUDIT_SEGMENTS, DEFAULT_AUDIT_SEGMENTS)?;
+        let checkpoint_records =
+            number("checkpointRecords", AUDIT_CHECKPOINT_RECORDS, DEFAULT_AUDIT_CHECKPOINT_RECORDS)?;
+        let seconds =
+            number("checkpointSeconds", AUDIT_CHECKPOINT_SECONDS, DEFAULT_AUDIT_CHECKPOINT_SECONDS)?;
+        let config = Self {
+            folder: section.path("folder")?.unwrap_or_else(|| root.0.join(DEFAULT_AUDIT)),
+            segment_bytes,
+            keep_segments: usize::try_from(segments).expect("at most 10,000"),
+            checkpoint_records,
+            checkpoint: Duration::from_secs(seconds),
+            on_full: section.parsed("onFull", ON_FULL)?.unwrap_or_default(),
+        };
+        section.finish()?;
+        Ok(Some(config))
+    }
+
+    fn shown(&self) -> Value {
+        json!({
+            "folder": self.folder,
+            "segmentBytes": self.segment_bytes,
+            "keepSegments": self.keep_segments,
+            "checkpointRecords": self.checkpoint_records,
+            "checkpointSeconds": self.checkpoint.as_secs(),
+            "onFull": self.on_full.label(),
+        })
     }
 }
 
@@ -383,6 +524,11 @@ const RANGES: Grammar = Grammar {
     remedy: "write IP addresses or ranges, not names",
 };
 const LOG_FORMAT: Grammar = Grammar { expected: "json or text", remedy: "choose one of the two" };
+
+const ON_FULL: Grammar = Grammar {
+    expected: "drop or deny",
+    remedy: "choose whether what is not recorded stands (drop) or is denied (deny)",
+};
 
 /// A raw part of the configuration.
 struct Section {
@@ -600,9 +746,26 @@ mod tests {
         assert_eq!(config.hold.dead_peer, Duration::from_secs(10));
         assert_eq!(config.drain, Duration::from_secs(30));
         assert_eq!(config.jwks, JwksConfig::default());
+        assert!(config.client_files.is_empty(), "no namespace may name files");
         assert_eq!(config.log, LogConfig { format: LogFormat::Json, level: "info".to_owned() });
         assert_eq!(config.ca.trust_domain.to_string(), "cluster.local");
         assert_eq!(config.root.admin_socket(), Path::new("/r/run/culvert/admin.sock"));
+    }
+
+    #[test]
+    fn an_audit_log_is_kept_where_its_section_stands() {
+        assert_eq!(accepted(LEAST).audit, None);
+        for text in ["audit: {}", "audit:"] {
+            let audit = accepted(&format!("{LEAST}{text}\n")).audit.unwrap();
+            assert_eq!(audit.folder, Path::new("/r/var/lib/culvert/audit"));
+            assert_eq!((audit.segment_bytes, audit.keep_segments), (64 << 20, 16));
+            assert_eq!((audit.checkpoint_records, audit.checkpoint.as_secs()), (1_024, 10));
+            assert_eq!(audit.on_full, OnFull::Drop);
+        }
+        let text = "audit: {folder: /a, segmentBytes: 262144, keepSegments: 2, checkpointRecords: 1, onFull: deny}";
+        let config = accepted(&format!("{LEAST}{text}\n"));
+        assert_eq!(config.audit.as_ref().unwrap().on_full, OnFull::Deny);
+        assert_eq!(config.shown()["audit"]["folder"], "/a");
     }
 
     #[test]
@@ -655,6 +818,18 @@ mod tests {
         refused(&tail("jwks: {http: 1}"), "jwks.http: found 1", "true or false");
         refused(&tail("jwks: {roots: ca.pem}"), "jwks.roots: ", "absolute");
         refused(&tail("jwks: {redirects: true}"), "jwks.redirects: ", "no such key");
+        refused(&tail("clientFiles: {photo: tls}"), "clientFiles.photo: ", "absolute"); // T-20
+        refused(&tail("clientFiles: {Photo: /tls}"), "clientFiles.Photo: ", "name of a namespace");
+        refused(&tail("clientFiles: {\"*\": /tls}"), "clientFiles.*: ", "name of a namespace");
+        refused(&tail("clientFiles: [/tls]"), "clientFiles: ", "a map of keys");
+        refused(&tail("audit: {folder: audit}"), "audit.folder: ", "absolute");
+        refused(&tail("audit: {segmentBytes: 1000}"), "audit.segmentBytes: found 1000", "262144 to");
+        refused(&tail("audit: {keepSegments: 1}"), "audit.keepSegments: found 1", "2 to 10000");
+        refused(&tail("audit: {checkpointRecords: 0}"), "audit.checkpointRecords: ", "1 to 100000");
+        refused(&tail("audit: {checkpointSeconds: 3601}"), "audit.checkpointSeconds: ", "1 to 3600");
+        refused(&tail("audit: {onFull: block}"), "audit.onFull: found \"block\"", "drop or deny");
+        refused(&tail("audit: {fsync: always}"), "audit.fsync: ", "no such key");
+        refused(&tail("audit: true"), "audit: found true", "map");
         refused(&tail("workers: 0"), "workers: found 0", "1 to 256");
         refused(&tail("workers: 257"), "workers: found 257", "1 to 256");
         refused(&tail("drainSeconds: 3601"), "drainSeconds: found 3601", "0 to 3600");

@@ -20,7 +20,7 @@ use super::{
     },
 };
 use crate::{
-    certs::CertificateView,
+    certs::{CertificateView, RuleFault},
     datapath::ConnectionView,
     telemetry::{Direction, Endpoint, log::rfc3339},
 };
@@ -66,7 +66,7 @@ pub fn status(views: &Views) -> Status {
         }),
         workloads: workloads(&snapshot, &(views.enrolments)(), &connections),
         certificates: (views.certificates)().into_iter().map(certificate).collect(),
-        policies: policies(&snapshot),
+        policies: policies(&snapshot, &(views.client_files)(&snapshot)),
         documents: documents(views, &snapshot),
         connections_total: connections.len(),
         connections: connections.iter().take(CONNECTIONS_SHOWN_MAX).map(connection).collect(),
@@ -150,16 +150,27 @@ fn certificate(view: CertificateView) -> Certificate {
     }
 }
 
-fn policies(snapshot: &Snapshot) -> Vec<Policy> {
-    let one = |status: &node_core::policy::ObjectStatus| Policy {
-        kind: status.kind.clone(),
-        name: status.name.to_string(),
-        accepted: status.accepted,
-        problem: status.problem.clone(),
-        field: status.field.clone(),
-        effect: status.effect.clone(),
-        file: status.source.file.to_string(),
-        document: status.source.index,
+/// A rule whose files cannot be used is refused like one that cannot be read (T-20).
+fn policies(snapshot: &Snapshot, faults: &BTreeMap<ObjectName, RuleFault>) -> Vec<Policy> {
+    let one = |status: &node_core::policy::ObjectStatus| {
+        let fault = faults.get(&status.name).filter(|_| status.kind == "DestinationRule");
+        let effect = match fault {
+            Some(fault) if fault.keeps_older => {
+                format!("the files before stay in use: {}", status.effect)
+            }
+            Some(_) => "where this setting applies, connections are denied".to_owned(),
+            None => status.effect.clone(),
+        };
+        Policy {
+            kind: status.kind.clone(),
+            name: status.name.to_string(),
+            accepted: status.accepted && fault.is_none(),
+            problem: fault.map(|fault| fault.fault.to_string()).or_else(|| status.problem.clone()),
+            field: fault.map(|fault| fault.field.clone()).or_else(|| status.field.clone()),
+            effect,
+            file: status.source.file.to_string(),
+            document: status.source.index,
+        }
     };
     snapshot.statuses().iter().map(one).collect()
 }

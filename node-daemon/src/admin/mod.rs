@@ -10,16 +10,24 @@ pub mod ready;
 pub mod serve;
 pub mod status;
 
-use std::{sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use node_core::{snapshot::Snapshot, workload::ObjectName};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use crate::{certs::CertificateView, control::DocumentsView, datapath::ConnectionView, telemetry::Sink};
+use crate::{
+    certs::{CertificateView, RuleFault},
+    control::DocumentsView,
+    datapath::ConnectionView,
+    telemetry::Sink,
+};
 
 /// A look at something, now.
 pub type View<T> = Arc<dyn Fn() -> T + Send + Sync>;
+
+/// What is wrong with the files that the rules of a snapshot name, by rule (T-20).
+pub type ClientFilesView = Arc<dyn Fn(&Snapshot) -> BTreeMap<ObjectName, RuleFault> + Send + Sync>;
 
 /// Whether a local workload is under capture.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +65,8 @@ pub struct Views {
     pub certificates: View<Vec<CertificateView>>,
     pub node_certificate: View<Option<NodeCertificateView>>,
     pub connections: View<Vec<ConnectionView>>,
+    /// Rules whose files cannot be used.
+    pub client_files: ClientFilesView,
     /// Counters of the kernel's half, by label.
     pub kernel: View<Vec<(&'static str, u64)>>,
     pub events: Sink,

@@ -1,6 +1,7 @@
 //! The pages over real sockets: what they say, whom they turn away, and what they never show.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::{
@@ -94,6 +95,7 @@ impl Node {
                 Some(NodeCertificateView { name, not_after: SystemTime::UNIX_EPOCH })
             }),
             connections: Arc::new(|| vec![connection()]),
+            client_files: Arc::new(|_| BTreeMap::new()),
             kernel: Arc::new(|| vec![("captured_egress", 4), ("captured", 5)]),
             events: Sink::new(),
         };

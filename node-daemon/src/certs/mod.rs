@@ -1,13 +1,16 @@
 //! Certificates: who this node's workloads are, and who their peers may be.
 //!
 //! [`verify`] judges peers; [`store`] holds what workloads present; [`rotate`] keeps it fresh; [`client`] speaks to the
-//! authority. The data path gets a [`Store`] to look things up in and to wait on. Private keys do not leave this room.
+//! authority. [`files`] holds what rules of tenants name beside it, and [`outside`] judges servers by that. The data path gets a [`Store`] to look things up in and to wait on. Private keys do not leave this room.
 
 mod backoff;
 mod client;
 mod disk;
+mod files;
 mod key;
+mod outside;
 mod rotate;
+mod seal;
 mod store;
 pub mod verify;
 
@@ -27,8 +30,11 @@ use tokio::{sync::watch, task::JoinSet};
 use self::{client::Client, rotate::Rotator};
 pub use self::{
     client::{AuthorityConfig, AuthorityFailed},
+    files::{ClientFiles, FileFault, Material, RuleFault},
     key::PrivateKey,
+    outside::{NoServerName, server_name},
     rotate::{CertificateView, Wanted},
+    seal::{RootsFault, Seal, SealFault, SealRefused, SealWitness, Seals},
     store::{ALPN_MESH, ALPN_TUNNEL, Credentials, NoCertificateInTime, Store},
 };
 use crate::telemetry::Sink;
@@ -76,6 +82,12 @@ impl Handle {
     /// Every identity that is wanted, with or without a certificate.
     pub fn views(&self) -> Vec<CertificateView> {
         self.views.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// What the node signs with, as its certificate is renewed.
+    pub fn seals(&self) -> Seals {
+        let client = Arc::clone(&self.client);
+        Seals::new(move || client.seal())
     }
 
     /// The node's own name and the end of its certificate, once it has joined.

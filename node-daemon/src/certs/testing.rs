@@ -17,6 +17,7 @@ use x509_parser::{certification_request::X509CertificationRequest, prelude::From
 
 use super::{
     key::{PrivateKey, Request},
+    seal::Seal,
     store::{ALPN_TUNNEL, Presented, Store, client, server},
     verify::{SharedTrust, Trust, WorkloadServer},
 };
@@ -114,6 +115,13 @@ impl Ca {
         vec![leaf.der().clone(), self.intermediate.clone()]
     }
 
+    /// A key that signs, with a certificate of this shape.
+    pub(crate) fn seal(&self, shape: &Shape) -> Seal {
+        let key = PrivateKey::generate().expect("a key");
+        let certified = key.certify(self.chain(&key, shape)).expect("its own key");
+        Seal::new(certified, moment(shape.ends).into())
+    }
+
     /// What peers are judged by who trust this authority.
     pub(crate) fn trust(&self) -> SharedTrust {
         let trust = Trust::new(own_domain()).with_roots(std::slice::from_ref(&self.root)).expect("a root");
@@ -186,4 +194,53 @@ pub(crate) fn acceptor(own: &rcgen::CertifiedKey<KeyPair>) -> tokio_rustls::TlsA
         .with_single_cert(vec![own.cert.der().clone()], key)
         .expect("a pair");
     tokio_rustls::TlsAcceptor::from(Arc::new(config))
+}
+
+/// An authority outside the mesh, as PEM.
+pub(crate) struct Outside {
+    pub(crate) root_pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// When a certificate is valid, in seconds from now.
+pub(crate) struct Span(i64, i64);
+
+impl Span {
+    pub(crate) fn good() -> Self {
+        Self(-60, 3_600)
+    }
+
+    pub(crate) fn ended() -> Self {
+        Self(-3_600, -60)
+    }
+}
+
+impl Outside {
+    pub(crate) fn new(label: &str) -> Self {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, label);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let key = KeyPair::generate().expect("a key");
+        let root = params.self_signed(&key).expect("a root");
+        Self { root_pem: root.pem(), issuer: Issuer::new(params, key) }
+    }
+
+    /// Chain and key of somebody with these names; those with a `:` are URIs.
+    pub(crate) fn leaf(&self, names: &[&str], span: &Span) -> (String, String) {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        let name = |name: &&str| {
+            let text = (*name).try_into().expect("ASCII");
+            if name.contains(':') { SanType::URI(text) } else { SanType::DnsName(text) }
+        };
+        params.subject_alt_names = names.iter().map(name).collect();
+        (params.not_before, params.not_after) = (moment(span.0), moment(span.1));
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate().expect("a key");
+        let leaf = params.signed_by(&key, &self.issuer).expect("a leaf");
+        (leaf.pem(), key.serialize_pem())
+    }
 }

@@ -84,6 +84,8 @@ pub enum PeerRefused {
     NotYetValid { now: u64, not_before: u64 },
     #[error("the peer is {peer}, which may not run the service that was asked for (allowed: {allowed})")]
     NotAllowed { peer: SpiffeId, allowed: String },
+    #[error("the server proves {found}, expected {expected}")]
+    Misnamed { found: String, expected: String },
     #[error("the authority's chain holds no root with the token's fingerprint: it is another authority")]
     PinMismatch,
 }
@@ -103,7 +105,7 @@ impl PeerRefused {
                 HandshakeRefusal::OtherCa
             }
             Self::Expired { .. } | Self::NotYetValid { .. } => HandshakeRefusal::CertificateExpired,
-            Self::NotAllowed { .. } => HandshakeRefusal::SecureNaming,
+            Self::NotAllowed { .. } | Self::Misnamed { .. } => HandshakeRefusal::SecureNaming,
             Self::Malformed { .. } | Self::Usage { .. } => HandshakeRefusal::Tls,
         }
     }
@@ -194,19 +196,19 @@ pub type SharedTrust = Arc<ArcSwap<Trust>>;
 
 /// Whom the other end must be, in the role that it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
+pub(super) enum Side {
     Client,
     Server,
 }
 
 /// What the leaf itself says.
-struct Leaf {
-    name: PeerName,
+pub(super) struct Leaf {
+    pub(super) name: PeerName,
     not_after: u64,
 }
 
 impl Leaf {
-    fn parse(der: &CertificateDer<'_>) -> Result<Self, PeerRefused> {
+    pub(super) fn parse(der: &CertificateDer<'_>) -> Result<Self, PeerRefused> {
         let (rest, certificate) =
             X509Certificate::from_der(der).map_err(|_| PeerRefused::Malformed { what: "the leaf" })?;
         if !rest.is_empty() {
@@ -254,7 +256,7 @@ fn the_uri(certificate: &X509Certificate<'_>) -> Result<String, PeerRefused> {
 }
 
 /// Leads the leaf to one of the anchors.
-fn chain(
+pub(super) fn chain(
     leaf: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
     anchors: &[TrustAnchor<'_>],
@@ -294,7 +296,7 @@ fn chain_at(
 
 /// Translates webpki's reasons. What it cannot lead to one of our roots is another authority's.
 #[allow(clippy::wildcard_enum_match_arm, reason = "webpki's errors are not exhaustive")]
-fn why(error: &webpki::Error) -> PeerRefused {
+pub(super) fn why(error: &webpki::Error) -> PeerRefused {
     match error {
         webpki::Error::CertExpired { time, not_after } => {
             PeerRefused::Expired { now: time.as_secs(), not_after: not_after.as_secs() }
@@ -548,7 +550,7 @@ impl ServerCertVerifier for AuthorityServer {
     }
 }
 
-fn no_tls12() -> rustls::Error {
+pub(super) fn no_tls12() -> rustls::Error {
     rustls::Error::General("TLS 1.2 is not spoken here".to_owned())
 }
 
@@ -575,6 +577,11 @@ pub fn provider() -> Arc<CryptoProvider> {
 /// A signer for a P-256 key in PKCS#8; the caller wipes its copy.
 pub(super) fn signer(key: &PrivateKeyDer<'_>) -> Result<Arc<dyn SigningKey>, rustls::Error> {
     library::sign::any_ecdsa_type(key)
+}
+
+/// The same for a key of any kind that a tenant brings.
+pub(super) fn any_signer(key: &PrivateKeyDer<'_>) -> Result<Arc<dyn SigningKey>, rustls::Error> {
+    library::sign::any_supported_type(key)
 }
 
 impl fmt::Display for Peer {

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     net::{Ended, relay},
-    telemetry::Reason,
+    telemetry::{HandshakeRefusal, Reason},
 };
 
 /// One side of a relayed connection.
@@ -35,6 +35,11 @@ pub(super) trait Side: AsyncRead + AsyncWrite + Unpin {
 
     /// True if `error` is the loss of a tunnel beneath this side, not the act of its far end.
     fn is_lost(&self, error: &io::Error) -> bool;
+
+    /// In words, if `error` says that the far end refused who this side is.
+    fn refusal(&self, _error: &io::Error) -> Option<String> {
+        None
+    }
 }
 
 impl Side for TcpStream {
@@ -142,7 +147,10 @@ pub(super) async fn carry<C: Side, S: Side>(
         Ok(Ended::Near(error)) if client.is_lost(&error) => Ending::broken(Reason::TunnelLost, error),
         Ok(Ended::Near(error)) => Ending::broken(Reason::ClientReset, error),
         Ok(Ended::Far(error)) if server.is_lost(&error) => Ending::broken(Reason::TunnelLost, error),
-        Ok(Ended::Far(error)) => Ending::broken(Reason::ServerReset, error),
+        Ok(Ended::Far(error)) => match server.refusal(&error) {
+            Some(refusal) => Ending::failed(Reason::Handshake(HandshakeRefusal::Tls), refusal),
+            None => Ending::broken(Reason::ServerReset, error),
+        },
         Err(cut) => cut.into(),
     }
 }

@@ -15,7 +15,7 @@ use std::{
 
 use node_core::{
     policy::{Admission, ConnectionFacts, Denial, DenialReason, Verdict as Deciding},
-    snapshot::{Route, RouteRefusal, Snapshot},
+    snapshot::{Decided, Leaving, Originated, Route, RouteRefusal, Snapshot},
     workload::{ObjectName, Workload},
 };
 use spiffe_id::SpiffeId;
@@ -40,8 +40,23 @@ pub(super) enum Judged {
     Tunnel(TakenWay),
     /// Both: it stays inside the node.
     Local(TakenWay, Box<Judged>),
-    /// Still outside the mesh?
-    Passthrough { source: Arc<Workload>, target: SocketAddr },
+    /// Still outside the mesh, or past the tunnel, and spoken so?
+    Straight(StraightWay),
+}
+
+/// The way past the tunnel that a connection took.
+#[derive(Clone)]
+pub(super) struct StraightWay {
+    pub(super) source: Arc<Workload>,
+    /// Where the application dialled.
+    pub(super) target: SocketAddr,
+    pub(super) seed: u64,
+    /// Where the server is.
+    pub(super) endpoint: SocketAddr,
+    /// What is spoken there on the workload's behalf.
+    pub(super) originated: Option<Arc<Originated>>,
+    /// Whether a rule said so.
+    pub(super) is_by_rule: bool,
 }
 
 /// The way through the mesh that a connection took, in a form that can be asked again.
@@ -63,6 +78,8 @@ pub(super) enum Cut {
     Denied(Box<Denial>),
     /// The way it took leads elsewhere, or nowhere.
     Rerouted(Option<RouteRefusal>),
+    /// By the DestinationRules it is spoken otherwise by now; the one that says so, if one does.
+    Respoken(Option<Box<Decided>>),
     /// It is judged by requests where it was not, or the other way round.
     Rejudged,
     /// The source or the destination is no longer enrolled here.
@@ -84,14 +101,7 @@ impl Judged {
                 way.judge(snapshot)?;
                 destination.judge(snapshot)
             }
-            Self::Passthrough { source, target } => {
-                still_here(source, snapshot)?;
-                match snapshot.route(source, *target, 0) {
-                    Route::Passthrough { .. } => Ok(None),
-                    Route::Refused(refusal) => Err(Cut::Rerouted(Some(refusal))),
-                    Route::Tunnel { .. } | Route::Unknown => Err(Cut::Rerouted(None)),
-                }
-            }
+            Self::Straight(way) => way.judge(snapshot).map(|()| None),
         }
     }
 
@@ -100,7 +110,9 @@ impl Judged {
         match self {
             Self::Inbound(facts) => facts.destination.name == *name,
             Self::Requests(flights) => flights.connection().destination.name == *name,
-            Self::Tunnel(TakenWay { source, .. }) | Self::Passthrough { source, .. } => source.name == *name,
+            Self::Tunnel(TakenWay { source, .. }) | Self::Straight(StraightWay { source, .. }) => {
+                source.name == *name
+            }
             Self::Local(way, destination) => way.source.name == *name || destination.is_of(name),
         }
     }
@@ -113,16 +125,63 @@ impl TakenWay {
         if snapshot.is_barred(&self.peer) {
             return Err(denied(barred()));
         }
-        match snapshot.route(&self.source, self.target, self.seed) {
+        let leaving = leaving_now(snapshot, &self.source, (self.target, self.endpoint), self.seed);
+        match leaving.route {
             Route::Tunnel { allowed, .. } if allowed.contains(&self.peer) => {
                 // The endpoint may be another by now; this one must still be the mesh's.
                 let there = snapshot.workload_at(self.endpoint.ip(), self.endpoint.port());
                 if there.is_some_and(|there| there.enrolled) { Ok(()) } else { Err(Cut::Rerouted(None)) }
             }
             Route::Refused(refusal) => Err(Cut::Rerouted(Some(refusal))),
-            Route::Tunnel { .. } | Route::Passthrough { .. } | Route::Unknown => Err(Cut::Rerouted(None)),
+            Route::Tunnel { .. } | Route::Passthrough { .. } => Err(respoken(leaving.decided, false)),
+            Route::Unknown => Err(Cut::Rerouted(None)),
         }
     }
+}
+
+impl StraightWay {
+    /// Does it still lead there, and is the same still spoken?
+    fn judge(&self, snapshot: &Snapshot) -> Result<(), Cut> {
+        still_here(&self.source, snapshot)?;
+        let leaving = leaving_now(snapshot, &self.source, (self.target, self.endpoint), self.seed);
+        let is_the_same = match (&self.originated, &leaving.originated) {
+            (Some(own), Some(newer)) => own.may_go_on(newer),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        };
+        match leaving.route {
+            Route::Passthrough { .. } if is_the_same => Ok(()),
+            Route::Refused(refusal) => Err(Cut::Rerouted(Some(refusal))),
+            Route::Tunnel { .. } | Route::Passthrough { .. } => {
+                Err(respoken(leaving.decided, self.is_by_rule))
+            }
+            Route::Unknown => Err(Cut::Rerouted(None)),
+        }
+    }
+}
+
+/// How a connection to an endpoint would leave by now. The seed may choose another endpoint of the same kind; it is this one that
+/// is asked about.
+fn leaving_now(
+    snapshot: &Snapshot,
+    source: &Workload,
+    (target, endpoint): (SocketAddr, SocketAddr),
+    seed: u64,
+) -> Leaving {
+    let mut route = snapshot.route(source, target, seed);
+    match &mut route {
+        Route::Tunnel { endpoint: chosen, .. } | Route::Passthrough { target: chosen } => *chosen = endpoint,
+        Route::Unknown | Route::Refused(_) => {}
+    }
+    snapshot.leave_by(source, target, route)
+}
+
+/// Where no rule decides and none did, it is the way itself that leads elsewhere.
+fn respoken(decided: Option<Decided>, was_by_rule: bool) -> Cut {
+    if decided.is_none() && !was_by_rule {
+        return Cut::Rerouted(None);
+    }
+    Cut::Respoken(decided.map(Box::new))
 }
 
 /// The answer to and from an identity as which nobody may speak.

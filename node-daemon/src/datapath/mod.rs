@@ -38,6 +38,8 @@ mod testing;
 mod tests;
 #[cfg(test)]
 mod tests_of_limits;
+#[cfg(test)]
+mod tests_of_rules;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -57,6 +59,7 @@ pub use self::{
     ground::Ground,
     identify::FIRST_BYTE_MILLISECONDS,
     live::ConnectionView,
+    record::{protocol_of, workload_end},
     tunnel::{HANDSHAKE_SECONDS, STREAMS_PER_TUNNEL_MAX},
 };
 use self::{

@@ -1,10 +1,15 @@
-//! Out of a workload: accept -> identify -> route -> tunnel, or a plain relay to what is outside the mesh.
+//! Out of a workload: accept -> identify -> route -> tunnel, or a relay to what is outside the mesh: plain, or in TLS where a rule
+//! of the client's side asks for it.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use node_core::{
     attest::Attested,
-    snapshot::{Route, Snapshot},
+    snapshot::{Leaving, Originated, Route, Snapshot},
     tunnel::{TUNNEL_PORT, route::PoolKey},
 };
 use spiffe_id::SpiffeId;
@@ -20,7 +25,8 @@ use super::{
     carry::carry,
     deliver::unreached,
     identify,
-    live::{Judged, TakenWay, barred},
+    live::{Judged, StraightWay, TakenWay, barred},
+    originate,
     record::{Ending, Record, known_end, protocol_of, workload_end},
     relay::{self, Local},
     tunnel::{self, OpenFailed, Reach},
@@ -58,9 +64,12 @@ async fn go_out(
 ) -> Result<Ending, Ending> {
     let Accepted { stream, client, target, place: _place } = accepted;
     let seed = rand::random();
-    let (snapshot, source, route) = resolve(shared, site, client, target, own_port, seed).await?;
+    let (snapshot, source, leaving) = resolve(shared, site, client, target, own_port, seed).await?;
     record.judged_by(snapshot.number());
     record.learn(|ends| ends.source = workload_end(source.workload(), client));
+    let Leaving { route, originated, decided, service } = leaving;
+    let is_by_rule = decided.is_some();
+    record.leaves_by(decided, service);
     match route {
         Route::Tunnel { destination, endpoint, allowed, service } => {
             record.learn(|ends| {
@@ -75,8 +84,9 @@ async fn go_out(
             let way = Way { snapshot, source, target, endpoint, seed };
             through_tunnel(shared, site, stream, way, allowed, record).await
         }
-        Route::Passthrough { target } => {
-            outside(shared, site, stream, &snapshot, &source, target, record).await
+        Route::Passthrough { target: endpoint } => {
+            let straight = Straight { snapshot, source, target, seed, endpoint, originated, is_by_rule };
+            past_the_tunnel(shared, site, stream, straight, record).await
         }
         Route::Refused(refusal) => Err(refusal.into()),
         Route::Unknown => {
@@ -97,7 +107,7 @@ async fn resolve(
     target: SocketAddr,
     own_port: u16,
     seed: u64,
-) -> Result<(Arc<Snapshot>, Attested, Route), Ending> {
+) -> Result<(Arc<Snapshot>, Attested, Leaving), Ending> {
     let deadline = Instant::now() + shared.holds.unknown_address;
     let opener = identify::opener(site, client, target)?;
     let mut snapshots = shared.snapshots.clone();
@@ -105,11 +115,11 @@ async fn resolve(
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
         refuse_loop(site, &snapshot, target, own_port)?;
         let source = identify::source(&snapshot, &opener, client)?;
-        let route = snapshot.route(source.workload(), target, seed);
-        let wait =
-            route == Route::Unknown && matches!(timeout_at(deadline, snapshots.changed()).await, Ok(Ok(())));
+        let leaving = snapshot.leave(source.workload(), target, seed);
+        let is_unknown = leaving.route == Route::Unknown;
+        let wait = is_unknown && matches!(timeout_at(deadline, snapshots.changed()).await, Ok(Ok(())));
         if !wait {
-            return Ok((snapshot, source, route));
+            return Ok((snapshot, source, leaving));
         }
     }
 }
@@ -210,29 +220,82 @@ fn not_opened(failed: &OpenFailed) -> Ending {
     }
 }
 
-/// Outside the mesh nothing is added and nothing is proven (DESIGN 3.4.9).
-async fn outside(
+/// A way past the tunnel.
+struct Straight {
+    snapshot: Arc<Snapshot>,
+    source: Attested,
+    target: SocketAddr,
+    seed: u64,
+    endpoint: SocketAddr,
+    originated: Option<Arc<Originated>>,
+    is_by_rule: bool,
+}
+
+/// To outside the mesh nothing is added and nothing is proven (DESIGN 3.4.9), unless a rule of the client's side says otherwise;
+/// and to workloads of the mesh so goes what such a rule takes out of the tunnel (policy C).
+async fn past_the_tunnel(
     shared: &Shared,
     site: &Site,
     stream: TcpStream,
-    snapshot: &Arc<Snapshot>,
-    source: &Attested,
-    target: SocketAddr,
+    straight: Straight,
     record: &mut Record,
 ) -> Result<Ending, Ending> {
+    let Straight { snapshot, source, target, seed, endpoint, originated, is_by_rule } = straight;
     record.learn(|ends| {
         ends.path = Path::Passthrough;
-        ends.destination = known_end(snapshot, target);
+        ends.destination = known_end(&snapshot, endpoint);
     });
-    let judged = Judged::Passthrough { source: Arc::clone(source.workload()), target };
-    let registration = enter(shared, judged, snapshot, record)?;
+    let prepared = match &originated {
+        Some(originated) => Some(originate::prepare(shared, &source, originated).await?),
+        None => None,
+    };
+    let workload = Arc::clone(source.workload());
+    let judged =
+        Judged::Straight(StraightWay { source: workload, target, seed, endpoint, originated, is_by_rule });
+    let registration = enter(shared, judged, &snapshot, record)?;
     let within = Duration::from_secs(OUTSIDE_DIAL_SECONDS);
+    let own = own_address(&source, endpoint);
     let server = tokio::select! {
         biased;
         cut = registration.cut() => return Err(cut.into()),
-        dialled = site.ground().dial(Some(source.client()), target, within) => dialled.map_err(|error| unreached(&error))?,
+        dialled = site.ground().dial(Some(own), endpoint, within) => dialled.map_err(|error| unreached(&error))?,
     };
     tunnel::keep_alive(&server);
+    let Some(prepared) = prepared else {
+        record.opened();
+        let ending = carry(stream, server, record, &registration).await;
+        return Ok(if is_by_rule { plaintext_by_rule(ending, record) } else { ending });
+    };
+    let spoken = tokio::select! {
+        biased;
+        cut = registration.cut() => return Err(cut.into()),
+        spoken = originate::speak(prepared, server) => spoken?,
+    };
+    record.encrypted_by(spoken.tls, spoken.is_mutual);
+    if let Some(peer) = spoken.peer {
+        if snapshot.is_barred(&peer) {
+            return Err(barred().into());
+        }
+        record.learn(|ends| ends.destination.identity = Some(peer));
+    }
     record.opened();
-    Ok(carry(stream, server, record, &registration).await)
+    Ok(carry(stream, spoken.stream, record, &registration).await)
+}
+
+/// The client's own address, or where the endpoint is of the other family, its workload's first one of that.
+fn own_address(source: &Attested, endpoint: SocketAddr) -> IpAddr {
+    let client = source.client();
+    let fits = |address: &&IpAddr| address.is_ipv4() == endpoint.is_ipv4();
+    let others = &source.workload().addresses;
+    Some(&client).into_iter().chain(others).find(fits).copied().unwrap_or(client)
+}
+
+/// A server that resets plaintext before it says a word may be one that refuses plaintext.
+fn plaintext_by_rule(ending: Ending, record: &Record) -> Ending {
+    if ending.reason != Some(Reason::ServerReset) || record.progress().back() > 0 {
+        return ending;
+    }
+    let said = "it went out in plaintext, as the rule says: a receiver under STRICT refuses that";
+    let detail = ending.detail.map_or_else(|| said.to_owned(), |detail| format!("{detail}; {said}"));
+    Ending { detail: Some(detail), ..ending }
 }

@@ -4,8 +4,8 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use node_core::{
     policy::{Denial, Verdict as Deciding},
-    snapshot::{RouteRefusal, Snapshot},
-    workload::{Protocol, Workload},
+    snapshot::{Decided, RouteRefusal, Snapshot},
+    workload::{ObjectName, Protocol, Workload},
 };
 use spiffe_id::SpiffeId;
 
@@ -86,8 +86,18 @@ impl From<RouteRefusal> for Ending {
             RouteRefusal::NoSuchServicePort { .. } => RouteReason::NoSuchServicePort,
             RouteRefusal::SecureNamingEmpty(_) => RouteReason::SecureNamingEmpty,
             RouteRefusal::OwnAddress => RouteReason::OwnAddress,
+            RouteRefusal::ClientRule { .. } => RouteReason::ClientRule,
         };
-        Self::denied(Reason::Route(reason), refusal)
+        let deciding = match &refusal {
+            RouteRefusal::ClientRule { rule, .. } => {
+                Some(Box::new(Deciding { policy: Some(Arc::clone(rule)), ..Deciding::default() }))
+            }
+            RouteRefusal::NoEndpoints { .. }
+            | RouteRefusal::NoSuchServicePort { .. }
+            | RouteRefusal::SecureNamingEmpty(_)
+            | RouteRefusal::OwnAddress => None,
+        };
+        Self { deciding, ..Self::denied(Reason::Route(reason), refusal) }
     }
 }
 
@@ -100,6 +110,13 @@ impl From<Cut> for Ending {
                 Reason::Route(RouteReason::NoEndpoints),
                 "the way that it took leads there no longer",
             ),
+            Cut::Respoken(decided) => Self {
+                deciding: decided.map(|decided| Box::new(said_by(*decided))),
+                ..Self::denied(
+                    Reason::Route(RouteReason::ClientRule),
+                    "by the rules of its own side it is spoken otherwise by now",
+                )
+            },
             Cut::Rejudged => Self::broken(
                 Reason::Rejudged,
                 "its port is judged by requests, and was not, or the other way round",
@@ -169,9 +186,20 @@ impl Record {
         self.learn(|ends| ends.service = ends.service.take().or_else(|| deciding.service.clone()));
     }
 
+    /// What a rule of the client's side said of it, if one did.
+    pub(super) fn leaves_by(&mut self, decided: Option<Decided>, service: Option<ObjectName>) {
+        self.deciding = decided.map(said_by);
+        self.learn(|ends| ends.service = service);
+    }
+
     pub(super) fn secured_by(&mut self, tls: Tls) {
+        self.encrypted_by(tls, true);
+    }
+
+    /// `is_mutual`: both ends were authenticated.
+    pub(super) fn encrypted_by(&mut self, tls: Tls, is_mutual: bool) {
         self.tls = Some(tls);
-        self.learn(|ends| ends.mutual_tls = true);
+        self.learn(|ends| ends.mutual_tls = is_mutual);
     }
 
     pub(super) fn ends(&self) -> Arc<Ends> {
@@ -217,8 +245,13 @@ impl Record {
     }
 }
 
+fn said_by(decided: Decided) -> Deciding {
+    let Decided { policy, rule } = decided;
+    Deciding { policy: Some(policy), rule: Some(rule), ..Deciding::default() }
+}
+
 /// What the documents say of a workload, as one end of a connection.
-pub(super) fn workload_end(workload: &Workload, address: SocketAddr) -> Endpoint {
+pub fn workload_end(workload: &Workload, address: SocketAddr) -> Endpoint {
     Endpoint {
         address: Some(address),
         workload: Some(workload.name.clone()),
@@ -255,7 +288,7 @@ pub(super) fn proven_end(snapshot: &Snapshot, address: SocketAddr, identity: &Sp
 }
 
 /// The word for what a port declares.
-pub(super) fn protocol_of(workload: &Workload, port: u16) -> &'static str {
+pub fn protocol_of(workload: &Workload, port: u16) -> &'static str {
     let declared = workload.ports.iter().find(|declared| declared.port == port);
     match declared.map(|declared| declared.protocol) {
         Some(Protocol::Http) => "http",

@@ -5,6 +5,7 @@ use std::{
     collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -127,12 +128,23 @@ impl Node {
         documents: Vec<Value>,
         limits: Limits,
     ) -> Arc<Self> {
-        Self::at_site(name, (workload, false), credentials, documents, limits)
+        Self::at_site(name, (workload, false), credentials, documents, limits, BTreeMap::new())
+    }
+
+    /// With folders of files that rules of a namespace may name.
+    pub(super) fn with_files(
+        name: &str,
+        workload: &str,
+        credentials: Arc<certs::Store>,
+        documents: Vec<Value>,
+        folders: BTreeMap<String, PathBuf>,
+    ) -> Arc<Self> {
+        Self::at_site(name, (workload, false), credentials, documents, LIMITS, folders)
     }
 
     /// The site of a host with all of its services.
     pub(super) fn host(name: &str, credentials: Arc<certs::Store>, documents: Vec<Value>) -> Arc<Self> {
-        Self::at_site(name, ("host", true), credentials, documents, LIMITS)
+        Self::at_site(name, ("host", true), credentials, documents, LIMITS, BTreeMap::new())
     }
 
     fn at_site(
@@ -141,6 +153,7 @@ impl Node {
         credentials: Arc<certs::Store>,
         documents: Vec<Value>,
         limits: Limits,
+        folders: BTreeMap<String, PathBuf>,
     ) -> Arc<Self> {
         let keys = KeysConfig {
             allow: vec!["127.0.0.0/8".parse().expect("a range")],
@@ -155,6 +168,7 @@ impl Node {
         let shared = Arc::new(Shared::new(&Inputs {
             snapshots: receiver,
             credentials,
+            files: certs::ClientFiles::new(folders, events.clone()),
             keys: jwks::Store::start(keys, events.clone()).expect("no file of roots is given"),
             workloads: mpsc::channel(1).1,
             events: events.clone(),
@@ -179,6 +193,13 @@ impl Node {
     pub(super) fn publish(&self, documents: Vec<Value>) {
         let snapshot = self.compile(documents);
         self.snapshots.send_replace(snapshot);
+    }
+
+    /// Documents of which some cannot be used.
+    pub(super) fn publish_even_bad(&self, documents: Vec<Value>) {
+        let mut store = self.store.lock().expect("no panic");
+        store.apply(Update::replace("mesh.yaml", documents));
+        self.snapshots.send_replace(store.snapshot());
     }
 
     /// The workload connects to `target`; its own end of the connection.

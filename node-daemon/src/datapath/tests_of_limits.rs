@@ -28,7 +28,7 @@ use super::{
     accept::{ACCEPT_RETRY_MILLISECONDS, Limits, Role, accept_forever},
     deliver::DELIVER_SECONDS,
     identify::{HELLO_BYTES_MAX, Spoken, listen},
-    live::{Judged, REJUDGED_AT_ONCE},
+    live::{Judged, REJUDGED_AT_ONCE, StraightWay},
     outbound::{OUTSIDE_DIAL_SECONDS, PEER_DIAL_SECONDS},
     testing::{Answer, BACKEND, FRONTEND, LIMITS, Node, SERVICE, World, at, mesh, pair, usual},
     tunnel::{
@@ -153,7 +153,14 @@ async fn a_change_of_policy_lets_others_have_their_turn() {
         .map(|_| {
             let target = at("192.0.2.7", 443);
             let record = node.shared.record(Direction::Outbound, Path::Passthrough, at(FRONTEND, 1), target);
-            let judged = Judged::Passthrough { source: Arc::clone(&source), target };
+            let judged = Judged::Straight(StraightWay {
+                source: Arc::clone(&source),
+                target,
+                seed: 0,
+                endpoint: target,
+                originated: None,
+                is_by_rule: false,
+            });
             node.shared.live.register(judged, &snapshot, record.ends(), record.progress())
         })
         .collect();

@@ -99,7 +99,7 @@ pub(super) enum HandshakeFailed {
 }
 
 impl HandshakeFailed {
-    fn new(error: io::Error) -> Self {
+    pub(super) fn new(error: io::Error) -> Self {
         if let Some(refused) = PeerRefused::of(&error) {
             return Self::Refused(refused);
         }
@@ -124,7 +124,7 @@ impl HandshakeFailed {
 }
 
 /// What was negotiated.
-fn negotiated(session: &CommonState) -> Tls {
+pub(super) fn negotiated(session: &CommonState) -> Tls {
     let version = match session.protocol_version() {
         Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",
         _ => "unknown",

@@ -212,7 +212,11 @@ async fn serve_http1<C: Side + Send + 'static>(
                     is_closing = true;
                     connection.as_mut().graceful_shutdown();
                 }
-                cut @ (Cut::Denied(_) | Cut::Rerouted(_) | Cut::WorkloadLeft | Cut::Drained) => return cut.into(),
+                cut @ (Cut::Denied(_)
+                | Cut::Rerouted(_)
+                | Cut::Respoken(_)
+                | Cut::WorkloadLeft
+                | Cut::Drained) => return cut.into(),
             },
             () = site.closing().cancelled(), if !is_closing => {
                 is_closing = true;
@@ -261,7 +265,11 @@ async fn serve_http2<C: Side + Send + 'static>(
                     is_closing = true;
                     connection.as_mut().graceful_shutdown();
                 }
-                cut @ (Cut::Denied(_) | Cut::Rerouted(_) | Cut::WorkloadLeft | Cut::Drained) => return cut.into(),
+                cut @ (Cut::Denied(_)
+                | Cut::Rerouted(_)
+                | Cut::Respoken(_)
+                | Cut::WorkloadLeft
+                | Cut::Drained) => return cut.into(),
             },
             () = site.closing().cancelled(), if !is_closing => {
                 is_closing = true;
