@@ -56,6 +56,11 @@ impl DestinationRules {
     pub(super) fn port(&self, port: u16) -> &PortRules {
         self.named.get(&port).unwrap_or(&self.other)
     }
+
+    /// The ports that something names.
+    pub(super) fn named(&self) -> impl Iterator<Item = (u16, &PortRules)> {
+        self.named.iter().map(|(port, rules)| (*port, rules))
+    }
 }
 
 /// Compiles for the enrolled workloads of `inventory.node`.
@@ -98,7 +103,10 @@ fn destination(
 }
 
 /// Which service owns each port of the workload: of several the first by name (policy A-4).
-fn owners<'a>(workload: &Workload, services: &'a BTreeMap<ObjectName, Service>) -> BTreeMap<u16, Owner<'a>> {
+pub(super) fn owners<'a>(
+    workload: &Workload,
+    services: &'a BTreeMap<ObjectName, Service>,
+) -> BTreeMap<u16, Owner<'a>> {
     let mut owners: BTreeMap<u16, Owner<'a>> = BTreeMap::new();
     let is_behind = |service: &&Service| {
         service.name.namespace == workload.name.namespace
@@ -129,7 +137,7 @@ fn target(target: &TargetPort, workload: &Workload) -> Option<u16> {
 }
 
 /// HTTP if the service or the workload says so (policy H-8).
-fn protocol(workload: &Workload, port: u16, owner: Option<&Owner<'_>>) -> Protocol {
+pub(super) fn protocol(workload: &Workload, port: u16, owner: Option<&Owner<'_>>) -> Protocol {
     let by_service = owner.into_iter().flat_map(|owner| owner.ports.iter().map(|port| port.protocol));
     let by_workload =
         workload.ports.iter().filter(|declared| declared.port == port).map(|port| port.protocol);

@@ -112,7 +112,7 @@ impl TrustDomains {
         self.any(|known| known == domain)
     }
 
-    fn all(&self) -> impl Iterator<Item = &TrustDomain> {
+    pub(super) fn all(&self) -> impl Iterator<Item = &TrustDomain> {
         std::iter::once(&self.own).chain(&self.aliases)
     }
 

@@ -19,6 +19,7 @@ mod book;
 mod client;
 mod client_status;
 mod compile;
+pub mod convert;
 mod destination_rule;
 mod evaluate;
 mod explain;
@@ -46,6 +47,10 @@ use std::{net::IpAddr, sync::Arc};
 use spiffe_id::SpiffeId;
 
 pub use self::{
+    atoms::{
+        CHANGED_ATTRIBUTES_MAX, CHANGES_TRIED_MAX, Change, Decision, POINTS_OF_LINE_MAX, Point, RequestPoint,
+        Told, Unknown,
+    },
     client::{Asked, ClientFacts, ClientMode, ClientTls, ServerMode, client_tls, may_answer},
     compile::{Compiled, Inventory, compile},
     destination_rule::{ClientSetting, NamedFiles, Part, Said, TlsMode, TlsSettings},

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::{
     authentication::OriginMethod,
+    matching::Pattern,
     reader::{Fault, Fields, Item, Warnings},
     tokens::{EXCHANGED_HEADER, IssuerRule, KeySet, KeySource, Location},
 };
@@ -17,8 +18,8 @@ const REGEX_BYTES_MAX: usize = 256 * 1024;
 /// One trigger rule (policy A-10).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Trigger {
-    excluded: Vec<StringMatch>,
-    included: Vec<StringMatch>,
+    pub(super) excluded: Vec<StringMatch>,
+    pub(super) included: Vec<StringMatch>,
 }
 
 impl Trigger {
@@ -26,6 +27,20 @@ impl Trigger {
     pub(super) fn any_fires(triggers: &[Self], path: Option<&str>) -> bool {
         let Some(path) = path else { return true };
         triggers.is_empty() || triggers.iter().any(|trigger| trigger.fires(path))
+    }
+
+    /// Gives each path as a pattern; false where there are others than patterns.
+    pub(super) fn add_to(&self, add: &mut dyn FnMut(&Pattern)) -> bool {
+        let mut is_whole = true;
+        for written in self.excluded.iter().chain(&self.included) {
+            match written {
+                StringMatch::Exact(text) => add(&Pattern::Exact(text.as_str().into())),
+                StringMatch::Prefix(text) => add(&Pattern::Prefix(text.as_str().into())),
+                StringMatch::Suffix(text) => add(&Pattern::Suffix(text.as_str().into())),
+                StringMatch::Regex(..) => is_whole = false,
+            }
+        }
+        is_whole
     }
 
     fn fires(&self, path: &str) -> bool {
@@ -37,7 +52,7 @@ impl Trigger {
 }
 
 #[derive(Clone, Debug)]
-enum StringMatch {
+pub(super) enum StringMatch {
     Exact(String),
     Prefix(String),
     Suffix(String),

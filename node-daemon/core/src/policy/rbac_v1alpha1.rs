@@ -62,9 +62,9 @@ pub(super) struct ServiceRole {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct AccessRule {
     /// Empty: any (policy 0-6).
-    services: Vec<String>,
+    pub(super) services: Vec<String>,
     /// Decided once the destination is known.
-    destination: Vec<DestinationConstraint>,
+    pub(super) destination: Vec<DestinationConstraint>,
     /// Decided for each connection, or for each request.
     pub(super) conditions: Vec<Condition>,
     /// Fields that only a request can answer: the rule is left out on layer 4 (policy B-10).
@@ -72,13 +72,13 @@ pub(super) struct AccessRule {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct DestinationConstraint {
-    attribute: DestinationAttribute,
-    values: Vec<String>,
+pub(super) struct DestinationConstraint {
+    pub(super) attribute: DestinationAttribute,
+    pub(super) values: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum DestinationAttribute {
+pub(super) enum DestinationAttribute {
     Label(String),
     Name,
     Namespace,
@@ -102,9 +102,22 @@ impl AccessRule {
         let service = self.services.is_empty() || any_matches(&self.services, complete);
         service && self.destination.iter().all(|constraint| constraint.holds(destination))
     }
+
+    /// Whether the rule is for a service of this short and complete name, or for ports of none, whatever else it asks of
+    /// destinations.
+    pub(super) fn is_for_service(&self, service: Option<(&str, &str)>) -> bool {
+        let is_named =
+            self.services.is_empty() || any_matches(&self.services, service.map(|(_, complete)| complete));
+        let names = self.destination.iter().filter(|each| each.attribute == DestinationAttribute::Name);
+        is_named && names.into_iter().all(|each| any_matches(&each.values, service.map(|(short, _)| short)))
+    }
 }
 
 impl DestinationConstraint {
+    pub(super) fn is_met_by(&self, text: &str) -> bool {
+        any_matches(&self.values, Some(text))
+    }
+
     fn holds(&self, destination: &Destination<'_>) -> bool {
         match &self.attribute {
             DestinationAttribute::Label(key) => {
@@ -121,7 +134,7 @@ impl DestinationConstraint {
     }
 }
 
-fn any_matches(written: &[String], seen: Option<&str>) -> bool {
+pub(super) fn any_matches(written: &[String], seen: Option<&str>) -> bool {
     written.iter().any(|pattern| config_time_matches(pattern, seen))
 }
 

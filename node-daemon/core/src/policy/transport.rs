@@ -178,12 +178,15 @@ fn nothing(book: &Book<'_>) -> Transport {
 }
 
 fn strictness(transport: &Transport) -> (bool, u8) {
-    let mode = match transport.mode {
+    (transport.is_unusable, strictness_of(transport.mode))
+}
+
+pub(super) const fn strictness_of(mode: TransportMode) -> u8 {
+    match mode {
         TransportMode::Strict => 2,
         TransportMode::Permissive => 1,
         TransportMode::Disabled => 0,
-    };
-    (transport.is_unusable, mode)
+    }
 }
 
 fn by_policy<'a>(
@@ -250,7 +253,7 @@ fn applied<'a>(
 }
 
 impl Target {
-    fn includes(&self, service: &str, port: &ServicePort) -> bool {
+    pub(super) fn includes(&self, service: &str, port: &ServicePort) -> bool {
         let is_port = |selector: &PortSelector| match selector {
             PortSelector::Number(number) => *number == port.port,
             PortSelector::Name(name) => port.name.as_ref() == Some(name),

@@ -121,6 +121,11 @@ impl Compiled {
         self.port_rules(destination, port).is_some_and(|port| port.authentication.asks_anything())
     }
 
+    /// The ports of a destination that something names, and their rules.
+    pub(super) fn ports(&self, destination: &Workload) -> Option<impl Iterator<Item = (u16, &PortRules)>> {
+        Some(self.destinations.get(&destination.name)?.named())
+    }
+
     /// Every rule that was asked about a request or a connection.
     pub(crate) fn port_rules(&self, destination: &Workload, port: u16) -> Option<&PortRules> {
         Some(self.destinations.get(&destination.name)?.port(port))

@@ -232,6 +232,12 @@ impl Snapshot {
         self.compiled.explain(connection, request)
     }
 
+    /// What is in force, compiled: for questions that no traffic asks, such as [`Compiled::smallest_changes`] and
+    /// [`Compiled::tell`]. As with [`Snapshot::explain`] the rules alone are asked.
+    pub fn compiled(&self) -> &Compiled {
+        &self.compiled
+    }
+
     /// What became of each policy object.
     pub fn statuses(&self) -> &[ObjectStatus] {
         self.compiled.statuses()

@@ -147,7 +147,7 @@ fn load(text: &str) -> (PolicyObjects, Vec<String>) {
 }
 
 /// YAML documents as they stand in files, or the short form: one line for each object.
-fn read_objects(text: &str) -> Vec<Object> {
+pub(in crate::policy) fn read_objects(text: &str) -> Vec<Object> {
     let documents = if text.trim_start().starts_with("apiVersion") {
         testing::documents(text)
     } else {

@@ -129,6 +129,10 @@ impl TokenRules {
         self.rules.is_empty()
     }
 
+    pub(super) fn rules(&self) -> impl Iterator<Item = &Arc<IssuerRule>> {
+        self.rules.iter()
+    }
+
     /// Whose keys are needed.
     pub fn key_sources(&self) -> impl Iterator<Item = &KeySource> {
         self.rules.iter().map(|rule| &rule.keys)
