@@ -41,6 +41,7 @@ use super::{
     disk,
     key::{KeyFault, PrivateKey, Request},
     rotate::WALL_CHECK_SECONDS,
+    seal::Seal,
     store::{CertificateFacts, Store, UnusableCertificate},
     verify::{AuthorityServer, AuthorityTrust, PeerRefused, Pin, provider},
 };
@@ -131,6 +132,7 @@ pub(super) struct Client {
 struct Session {
     rotation: Rotation,
     channel: Channel,
+    seal: Arc<Seal>,
 }
 
 impl Client {
@@ -160,6 +162,10 @@ impl Client {
     pub(super) fn node_certificate(&self) -> Option<(NodeId, SystemTime)> {
         let session = self.session.load_full()?;
         Some((self.config.node.clone(), session.rotation.not_after))
+    }
+
+    pub(super) fn seal(&self) -> Option<Arc<Seal>> {
+        Some(Arc::clone(&self.session.load_full()?.seal))
     }
 
     async fn establish(&self) {
@@ -306,9 +312,11 @@ impl Client {
             return Err(UnusableCertificate::Ended.into());
         }
         let trust = AuthorityTrust::Bundle(Arc::clone(self.store.trust()));
+        let certified = key.certify(chain.clone()).map_err(bad_certificate)?;
+        let seal = Arc::new(Seal::new(certified, facts.not_after));
         let channel = self.channel(self.tls(trust, Some((key, chain)))?);
         let rotation = Rotation::issued(now, facts.not_after, rand::random());
-        self.session.store(Some(Arc::new(Session { rotation, channel })));
+        self.session.store(Some(Arc::new(Session { rotation, channel, seal })));
         self.events.emit(&Event::CertificateIssued {
             identity: self.config.node.to_string(),
             serial: facts.serial,
@@ -428,9 +436,7 @@ impl Client {
         let mut config = match own {
             None => builder.with_no_client_auth(),
             Some((key, chain)) => {
-                let certified = key.certify(chain).map_err(|error| {
-                    AuthorityFailed::BadAnswer(format!("the node's certificate: {error}"))
-                })?;
+                let certified = key.certify(chain).map_err(bad_certificate)?;
                 builder.with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certified)))
             }
         };
@@ -450,6 +456,10 @@ impl Client {
             .keep_alive_while_idle(true)
             .connect_with_connector_lazy(service_fn(move |_: Uri| connect(address, Arc::clone(&tls))))
     }
+}
+
+fn bad_certificate(error: rustls::Error) -> AuthorityFailed {
+    AuthorityFailed::BadAnswer(format!("the node's certificate: {error}"))
 }
 
 /// The node's key and certificate, in one file so that they always fit each other.
