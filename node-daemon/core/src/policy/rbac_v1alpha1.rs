@@ -278,17 +278,16 @@ fn operation(name: &str, items: &[Item<'_>], warnings: &mut Warnings) -> Conditi
         return Condition::either(is_negated, read, Values::Paths);
     }
     let is_host = matches!(name, "hosts" | "notHosts");
-    let read = patterns(items, warnings, |text| {
-        if is_host { Pattern::of_2018(&text.to_ascii_lowercase()) } else { Pattern::of_2018(text) } // policy G-18
-    });
     let asked = if is_host { Asked::Host } else { Asked::Method };
+    let read = patterns(items, warnings, |text| Pattern::of_2018(&asked.written(text)));
     Condition::either(is_negated, read, |patterns| Values::Request(asked, patterns))
 }
 
 /// What a request's header must be (policy B-5): its name without regard to case.
 pub(super) fn header_condition(name: &str, items: &[Item<'_>], warnings: &mut Warnings) -> Condition {
     let asked = Asked::Header(name.to_ascii_lowercase().into());
-    Condition::new(patterns(items, warnings, Pattern::of_2018), |patterns| Values::Request(asked, patterns))
+    let read = patterns(items, warnings, |text| Pattern::of_2018(&asked.written(text)));
+    Condition::new(read, |patterns| Values::Request(asked, patterns))
 }
 
 /// `experimental.envoy.filters.<name>[<key>]` (policy B-6).
@@ -364,7 +363,9 @@ fn constraint(
     let condition = match key {
         "destination.ip" => Condition::new(networks(&values, warnings), Values::DestinationAddresses),
         "destination.port" => Condition::new(ports(&values, warnings), Values::DestinationPorts),
-        "connection.sni" => Condition::new(patterns(&values, warnings, Pattern::new), Values::ServerNames),
+        "connection.sni" => {
+            Condition::new(patterns(&values, warnings, Pattern::of_2018), Values::ServerNames)
+        }
         _ => {
             // policy B-6, G-3: the original ignored the key, and the rule became broader.
             warnings.say(&key_item.path, format!("{key:?} is no constraint that a connection can answer"));
@@ -591,10 +592,12 @@ fn property_condition(
             if key == "source.user" {
                 warn_of_scheme(item, warnings);
             }
-            let read =
-                |text: &str| if key == "source.user" { Pattern::new(text) } else { Pattern::of_2018(text) };
-            let read = patterns(only, warnings, read);
             let asked = asked(key).unwrap_or(Asked::Principal);
+            let is_peer = asked == Asked::User;
+            let read = |text: &str| {
+                if is_peer { Pattern::new(text) } else { Pattern::of_2018(&asked.written(text)) }
+            };
+            let read = patterns(only, warnings, read);
             Condition::new(read, |patterns| Values::Request(asked, patterns))
         }
         key => {

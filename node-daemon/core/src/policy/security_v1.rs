@@ -427,13 +427,10 @@ impl Demand {
                 let read = patterns(items, warnings, TokenPrincipal::new);
                 Condition::either(is_negated, read, Values::TokenPrincipals)
             }
-            Self::Hosts => {
-                let read = patterns(items, warnings, |text| Pattern::new(&text.to_ascii_lowercase()));
-                Condition::either(is_negated, read, |hosts| Values::Request(Asked::Host, hosts))
-            }
+            Self::Hosts => Self::Other(Asked::Host).compare(items, is_negated, warnings),
             Self::Methods => Self::Other(Asked::Method).compare(items, is_negated, warnings),
             Self::Other(asked) => {
-                let read = patterns(items, warnings, Pattern::new);
+                let read = patterns(items, warnings, |text| Pattern::new(&asked.written(text)));
                 Condition::either(is_negated, read, |patterns| Values::Request(asked, patterns))
             }
         }

@@ -7,6 +7,7 @@ use spiffe_id::SpiffeId;
 
 use super::{
     matching::{Pattern, Text},
+    request::lower_case,
     tokens::claims_of,
 };
 
@@ -134,6 +135,21 @@ pub(super) enum Asked {
 }
 
 impl Asked {
+    /// A written value in the form in which the attribute is seen: hosts have no case, under whichever name (policy G-18).
+    pub(super) fn written<'t>(&self, text: &'t str) -> Cow<'t, str> {
+        let is_host = match self {
+            Self::Host => true,
+            Self::Header(name) => matches!(&**name, "host" | ":authority"),
+            Self::Method
+            | Self::User
+            | Self::Principal
+            | Self::Audience
+            | Self::Presenter
+            | Self::Claim(_) => false,
+        };
+        if is_host { lower_case(text) } else { text.into() }
+    }
+
     /// As policies write it.
     pub(super) fn name(&self) -> String {
         match self {

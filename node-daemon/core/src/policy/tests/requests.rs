@@ -85,6 +85,21 @@ fn only_what_asks_requests_takes_connections_apart() {
 
 /// Judges one request of the frontend; gives what the client or the workload gets.
 fn judge(objects: &str, connection: &str, method: &str, path: &str, headers: &[(&str, &str)]) -> String {
+    judge_at("backend", objects, connection, method, path, headers)
+}
+
+fn judge_host(objects: &str, host: &str) -> String {
+    judge_at(host, objects, FRONTEND, "GET", "/", &[])
+}
+
+fn judge_at(
+    host: &str,
+    objects: &str,
+    connection: &str,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+) -> String {
     let world = World::default();
     let compiled = world.compile(&load(objects).0);
     let facts = world.facts(connection);
@@ -92,7 +107,7 @@ fn judge(objects: &str, connection: &str, method: &str, path: &str, headers: &[(
     let rules = compiled.token_rules(&facts.destination, facts.destination_port);
     let tokens = rules.map_or_else(Tokens::none, verify);
     let request =
-        RequestFacts { method, path: Some(path), host: Some("backend"), headers: &headers, tokens: &tokens };
+        RequestFacts { method, path: Some(path), host: Some(host), headers: &headers, tokens: &tokens };
     match compiled.judge_request(&facts, &request) {
         Ok(permit) => {
             let mut removed: Vec<&str> =
@@ -177,6 +192,52 @@ fn the_workload_gets_what_the_policy_forwards() {
     let origin = "Policy photo/default: {origins: [{jwt: {issuer: i}}]}";
     assert_eq!(judge(origin, "/a", &headers), "/a - +");
     assert_eq!(judge(origin, "/a", &[]), "401 Origin authentication failed. token_refused");
+}
+
+#[test]
+fn one_header_that_two_rules_read_differently_is_one_token() {
+    // policy F-2: a token that is present must be valid; what one rule reads, another need not.
+    let rule = |prefix: &str| {
+        format!("{{issuer: i, forwardOriginalToken: true, fromHeaders: [{{name: x-tok{prefix}}}]}}")
+    };
+    let objects = format!(
+        "RequestAuthentication photo/r: {{jwtRules: [{}, {}]}}",
+        rule(", prefix: 'Bearer '"),
+        rule("")
+    );
+    let good = token(&json!({"iss": "i", "sub": "s"}));
+    for (value, expected) in [
+        (format!("Bearer {good}"), "/a"),
+        (good.clone(), "/a"),
+        (format!("Bearer {good}x"), "401"),
+        (format!("Other {good}"), "401"),
+        (format!("Bearer Bearer {good}"), "401"),
+    ] {
+        let answer = judge(&objects, FRONTEND, "GET", "/a", &[("X-Tok", value.as_str())]);
+        assert!(answer.starts_with(expected), "{value}: {answer}");
+    }
+    let other_place = format!("/a?access_token=Bearer%20{good}");
+    let both =
+        "RequestAuthentication photo/r: {jwtRules: [{issuer: i, fromHeaders: [{name: x-tok}]}, {issuer: i}]}";
+    let answer = judge(both, FRONTEND, "GET", &other_place, &[("x-tok", good.as_str())]);
+    assert!(answer.starts_with("401"), "{answer}");
+}
+
+#[test]
+fn hosts_have_no_case_under_whichever_name() {
+    // policy G-18
+    let deny = |key: &str| {
+        format!(
+            "AuthorizationPolicy photo/a: {{action: DENY, rules: [{{when: [{{key: 'request.headers[{key}]', values: [Admin.Example.com, '*.INTERNAL']}}]}}]}}"
+        )
+    };
+    for key in ["host", "Host", ":authority"] {
+        for host in ["admin.example.com", "ADMIN.example.COM", "x.internal"] {
+            assert!(judge_host(&deny(key), host).starts_with("403"), "{key} {host}");
+        }
+        assert!(judge_host(&deny(key), "admin.example.org").starts_with('/'), "{key}");
+    }
+    assert!(judge_host(&deny("x-host"), "admin.example.com").starts_with('/'));
 }
 
 #[test]

@@ -16,6 +16,19 @@ pub struct Candidate {
     pub(super) text: Box<str>,
 }
 
+impl Candidate {
+    /// Whether this is what `whole` holds: the same text, or in the same header what is left of it where another rule knows
+    /// the word before the token.
+    pub(super) fn is_read_from(&self, whole: &Self) -> bool {
+        match (&self.location, &whole.location) {
+            (Location::Header { name, .. }, Location::Header { name: other, .. }) if name == other => {
+                whole.text.ends_with(&*self.text)
+            }
+            _ => self.text == whole.text,
+        }
+    }
+}
+
 /// Tokens are not shown.
 impl std::fmt::Debug for Candidate {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

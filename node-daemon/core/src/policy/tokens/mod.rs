@@ -206,7 +206,7 @@ impl Tokens {
         let own =
             || self.judged.iter().filter(|judged| rules.iter().any(|rule| Arc::ptr_eq(rule, &judged.rule)));
         for judged in own() {
-            let of_text = || own().filter(|other| other.candidate.text == judged.candidate.text);
+            let of_text = || own().filter(|other| other.candidate.is_read_from(&judged.candidate));
             if of_text().any(|other| other.outcome.is_ok()) {
                 continue;
             }
