@@ -39,6 +39,10 @@ pub struct Settings {
     pub hold_seconds: [u32; 3],
     /// Where the CA is sought.
     pub ca: SocketAddr,
+    /// The file that takes the daemon's lines instead of [`Node::log`]: for runs that make hundreds of thousands.
+    pub lines: Option<PathBuf>,
+    /// More lines of node.yaml.
+    pub more: String,
 }
 
 /// One node.
@@ -80,7 +84,13 @@ impl Node {
         let cgroup = group.below(name)?;
         let daemon_cgroup = cgroup.below("daemon")?;
         let documents = Documents::of(vec![root.join("etc/culvert/mesh.d")]);
-        let settings = Settings { drain_seconds: DRAIN_SECONDS, hold_seconds: [10, 5, 10], ca };
+        let settings = Settings {
+            drain_seconds: DRAIN_SECONDS,
+            hold_seconds: [10, 5, 10],
+            ca,
+            lines: None,
+            more: String::new(),
+        };
         Ok(Self {
             name: name.to_owned(),
             number,
@@ -113,6 +123,11 @@ impl Node {
     /// The folder of all the node's control groups.
     pub fn cgroup(&self) -> &Cgroup {
         &self.cgroup
+    }
+
+    /// The control group of the node's daemons.
+    pub fn daemon_cgroup(&self) -> &Cgroup {
+        &self.daemon_cgroup
     }
 
     /// The node's address on the wire.
@@ -174,7 +189,12 @@ impl Node {
         let mut command = self.namespace.command(&self.daemon_cgroup, &binary("culvert-node"));
         command.arg("run").arg("--config").arg(config).arg("--root").arg(&self.root);
         let name = format!("culvert-node {}", self.name);
-        let daemon = Process::start(&name, &mut command).expect("a shell can be started");
+        let lines = locked(&self.settings).lines.clone();
+        let daemon = match lines {
+            Some(file) => Process::start_into(&name, &mut command, &file),
+            None => Process::start(&name, &mut command),
+        };
+        let daemon = daemon.expect("a shell can be started");
         locked(&self.daemons).push(daemon);
     }
 
@@ -390,7 +410,7 @@ readyListen: \"127.0.0.1:15021\"
 holdSeconds: {{certificate: {certificate}, unknownAddress: {unknown_address}, deadPeer: {dead_peer}}}
 drainSeconds: {drain}
 log: {{format: json, level: info}}
-",
+{more}",
             name = self.name,
             root = self.root.display(),
             cgroup = self.cgroup.path().display(),
@@ -398,6 +418,7 @@ log: {{format: json, level: info}}
             ca = settings.ca,
             token = self.token_path().display(),
             drain = settings.drain_seconds,
+            more = settings.more,
         );
         std::fs::write(&path, text)?;
         Ok(path)

@@ -1,7 +1,9 @@
 //! A process of the mesh: its output as a stream of JSON objects that can be waited for.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,14 +28,41 @@ impl Process {
     /// # Errors
     /// If it cannot be started.
     pub fn start(name: &str, command: &mut Command) -> Result<Self> {
+        Self::spawn(name, command.stdin(Stdio::null()).stdout(Stdio::piped()))
+    }
+
+    /// Starts it with a standard input to write to; standard output and standard error both go to the log.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_hearing(name: &str, command: &mut Command) -> Result<(Self, ChildStdin)> {
+        let mut process = Self::spawn(name, command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
+        let stdin = process.child.stdin.take().context("it is piped")?;
+        Ok((process, stdin))
+    }
+
+    /// Starts it with its standard output appended to a file; the log has its standard error alone.
+    ///
+    /// # Errors
+    /// If the file cannot be opened, or the process not be started.
+    pub fn start_into(name: &str, command: &mut Command, file: &Path) -> Result<Self> {
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(file)
+            .with_context(|| format!("opening {}", file.display()))?;
+        Self::spawn(name, command.stdin(Stdio::null()).stdout(file))
+    }
+
+    fn spawn(name: &str, command: &mut Command) -> Result<Self> {
         let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("starting {name}"))?;
         let log = Log { name: name.to_owned(), shared: Arc::default() };
-        log.follow(child.stdout.take().expect("it is piped"));
+        if let Some(stdout) = child.stdout.take() {
+            log.follow(stdout);
+        }
         log.follow(child.stderr.take().expect("it is piped"));
         Ok(Self { child, log })
     }

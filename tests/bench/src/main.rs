@@ -1,0 +1,89 @@
+//! `mesh-bench run` measures; `mesh-bench load` and `mesh-bench serve` are what it starts in the pods.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Result, ensure};
+use clap::{Parser, Subcommand};
+use mesh_bench::{load, plan::Selection, run, stage};
+
+#[derive(Parser)]
+#[command(name = "mesh-bench")]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Measures, and writes latest.json, latest.md and latest.svg
+    Run(Run),
+    /// The client of the load; orders come on standard input
+    Load,
+    /// The server of the load
+    Serve,
+}
+
+#[derive(clap::Args)]
+struct Run {
+    /// Only these paths, measures and topologies, e.g. `direct,rtt64`; plain comes along for the ratio
+    #[arg(long)]
+    only: Vec<String>,
+    /// Rounds
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    repeat: u32,
+    /// Seconds of each run
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=run::SECONDS_MAX))]
+    seconds: u64,
+    /// Bulk data from the server to the client instead of from the client to the server
+    #[arg(long)]
+    down: bool,
+    /// Congestion control of every socket
+    #[arg(long, default_value = stage::CONGESTION_CONTROL)]
+    congestion: String,
+    /// Worker threads of each daemon and each sidecar; default: one for each processor
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
+    workers: Option<u16>,
+    /// The Envoy to compare with
+    #[arg(long)]
+    envoy: Option<PathBuf>,
+    /// Where the results are written
+    #[arg(long)]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let done = match CommandLine::parse().command {
+        Command::Run(wanted) => measure(wanted),
+        Command::Load => load::client::obey(),
+        Command::Serve => load::server::serve().map_err(Into::into),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mesh-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(wanted: Run) -> Result<()> {
+    stage::prepare_folder(&wanted.out)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let report = run::run(&run::Wanted {
+        selection: Selection::parse(&wanted.only)?,
+        repeat: wanted.repeat,
+        seconds: wanted.seconds,
+        down: wanted.down,
+        stage: stage::Settings {
+            congestion_control: wanted.congestion,
+            envoy: wanted.envoy,
+            workers: wanted.workers.map_or(cores, usize::from),
+        },
+    })?;
+    ensure!(!report.rows.is_empty(), "nothing could be measured: {:?}", report.absent);
+    println!("{}", report.markdown());
+    for path in run::write(&report, &wanted.out)? {
+        eprintln!("bench: wrote {}", path.display());
+    }
+    Ok(())
+}
