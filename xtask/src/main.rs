@@ -3,6 +3,7 @@
 //! Builds with a plain `cargo` of a fresh machine; the toolchains that the rest needs are installed and called by name.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod check;
 mod demo;
 mod ebpf;
@@ -22,6 +23,7 @@ fn main() -> anyhow::Result<()> {
         Habit::Check => check::check(),
         Habit::Test { filter } => test::test(&filter),
         Habit::Demo { keep } => demo::demo(keep),
+        Habit::Bench(wanted) => bench::bench(&wanted),
         Habit::InstallEnvoy => envoy::installed().map(|program| println!("{}", program.display())),
     }
 }
@@ -50,6 +52,8 @@ enum Habit {
         #[arg(long)]
         keep: bool,
     },
+    /// Measure what the mesh costs, beside plain TCP and beside Envoy (root)
+    Bench(bench::Wanted),
     /// Install the Envoy that benchmarks compare with into the tools' folder, and print where it is
     InstallEnvoy,
 }

@@ -26,6 +26,9 @@ pub(crate) const NSENTER: Need =
 /// An independent verifier of certificates and peer of the tunnel.
 pub(crate) const OPENSSL: Need =
     Need { program: "openssl", package: "openssl", why: "checks certificates independently" };
+/// The rules of a network plugin's host.
+pub(crate) const NFT: Need =
+    Need { program: "nft", package: "nftables", why: "loads the rules that a network plugin's host has" };
 /// The demo's applications are ordinary Python programs.
 pub(crate) const PYTHON: Need =
     Need { program: "python3", package: "python3-minimal", why: "runs the demo's services" };
