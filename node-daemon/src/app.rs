@@ -13,8 +13,8 @@ use std::{
     net::SocketAddr,
     os::unix::fs::PermissionsExt,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, Result};
@@ -32,7 +32,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, EnrolmentView, NodeCertificateView, Stage, Views, serve::Listener},
-    certs::{self, AuthorityConfig, ClientFiles, Wanted},
+    audit,
+    certs::{self, AuthorityConfig, ClientFiles, Seals, Wanted},
     config::Config,
     control::{self, ControlConfig},
     datapath::{self, Holds, Limits},
@@ -98,7 +99,15 @@ pub async fn run(config: Config, lines: Lines) -> Result<()> {
         _ = signals.received() => None,
     };
     let cause = match started {
-        Some(daemon) => daemon.serve(&config, &events, &mut signals).await?,
+        Some(mut daemon) => {
+            let audit = daemon.audit.take();
+            let cause = daemon.serve(&config, &events, &mut signals).await;
+            // Last, so that what the end decided is in it.
+            if let Some(audit) = audit {
+                audit.stop().await;
+            }
+            cause?
+        }
         None => "asked to end while starting",
     };
     lost.abort();
@@ -126,6 +135,7 @@ pub async fn cleanup(config: &Config) -> Result<String> {
 /// All rooms, running.
 struct Daemon {
     place: Place,
+    audit: Option<audit::Handle>,
     control: control::Handle,
     certs: Arc<certs::Handle>,
     enrolment: Enrolment,
@@ -140,9 +150,13 @@ impl Daemon {
         let descriptors = process::raise_descriptor_limit().context("raise the limit of descriptors")?;
         let (kernel_config, enrol_config) = (kernel_config(config)?, enrol_config(config)?);
         let mut place = Place::enter(&config.root)?;
+        // Before anything is judged. The node can sign once it has joined.
+        let signing = Arc::new(OnceLock::new());
+        let audit = audit(config, &signing, place.is_successor(), events)?;
         let control = control::start(control_config(config), events.clone()).await;
         let wanted = wanted(control.snapshots.clone());
         let certs = Arc::new(certs::start(authority_config(config)?, wanted, events.clone()));
+        let _ = signing.set(certs.seals());
         if place.is_successor() {
             // The predecessor serves on while the first certificates are fetched. Late ones are waited for as ever.
             let snapshot = control.snapshots.borrow().clone();
@@ -168,7 +182,7 @@ impl Daemon {
         let stage = watch::Sender::new(Stage::Running);
         let views = views(config, &control, &certs, &enrolment, &datapath, &files, &stage, events);
         let pages = Pages::open(config, views).await?;
-        Ok(Self { place, control, certs, enrolment, datapath, stage, pages })
+        Ok(Self { place, audit, control, certs, enrolment, datapath, stage, pages })
     }
 
     /// Serves until the end, and ends in order. Gives the cause.
@@ -202,7 +216,7 @@ impl Daemon {
 
     /// What is pinned stays pinned: closed, not open (T-23).
     async fn end(self, end: End, drain: Duration) -> Result<()> {
-        let Self { mut place, control, certs, enrolment, datapath, stage: _stage, pages } = self;
+        let Self { mut place, audit: _, control, certs, enrolment, datapath, stage: _stage, pages } = self;
         enrolment.stop().await;
         match end {
             End::Asked(_) => {
@@ -384,6 +398,20 @@ async fn first_certificates(store: &certs::Store, snapshot: &Snapshot) {
     };
     // Late ones are waited for as ever, by the connections that need them.
     let _ = timeout(CERTIFICATES_TIME, all_there).await;
+}
+
+/// The audit log, where one is kept. `signing` is filled when the node's certificates are on their way.
+fn audit(
+    config: &Config,
+    signing: &Arc<OnceLock<Seals>>,
+    is_successor: bool,
+    events: &Sink,
+) -> Result<Option<audit::Handle>> {
+    let Some(own) = &config.audit else { return Ok(None) };
+    let node = NodeId::new(config.ca.trust_domain.clone(), &config.node).context("node")?;
+    let signing = Arc::clone(signing);
+    let seals = Seals::new(move || signing.get()?.at(SystemTime::now()));
+    Ok(Some(audit::start(own, &node, seals, is_successor, events)?))
 }
 
 fn control_config(config: &Config) -> ControlConfig {

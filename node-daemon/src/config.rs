@@ -762,7 +762,8 @@ mod tests {
             assert_eq!((audit.checkpoint_records, audit.checkpoint.as_secs()), (1_024, 10));
             assert_eq!(audit.on_full, OnFull::Drop);
         }
-        let text = "audit: {folder: /a, segmentBytes: 262144, keepSegments: 2, checkpointRecords: 1, onFull: deny}";
+        let text =
+            "audit: {folder: /a, segmentBytes: 262144, keepSegments: 2, checkpointRecords: 1, onFull: deny}";
         let config = accepted(&format!("{LEAST}{text}\n"));
         assert_eq!(config.audit.as_ref().unwrap().on_full, OnFull::Deny);
         assert_eq!(config.shown()["audit"]["folder"], "/a");

@@ -25,6 +25,8 @@ pub mod sys;
 
 pub mod telemetry;
 
+pub mod audit;
+
 pub mod admin;
 
 pub mod policy_tools;

@@ -7,9 +7,11 @@ use std::{
 };
 
 use node_core::{
+    audit::Digest,
     snapshot::Snapshot,
     store::{Problem, Store, Update},
 };
+use sha2::{Digest as _, Sha256};
 use spiffe_id::TrustDomain;
 use tokio::sync::watch;
 
@@ -118,6 +120,8 @@ impl Publisher {
         self.remember(&snapshot, read);
         self.view.files = self.known.len();
         self.documents.send_replace(self.view.clone());
+        // Before it judges anything, so that what keeps decisions knows by what they were made.
+        self.events.judging_by(snapshot.number(), || digest(&self.remembered));
         self.published.send_replace(Arc::clone(&snapshot));
         // Told when it is in force, so that whoever reads the line may rely on it.
         self.tell(&snapshot);
@@ -274,6 +278,18 @@ impl Publisher {
         self.told = current;
         self.events.emit(&Event::SnapshotPublished { number: snapshot.number(), local, problems });
     }
+}
+
+/// SHA-256 of what `sha256sum` says of the files in force, in the order of their names: a folder without problems gives the same
+/// by `sha256sum <folder>/*.yaml | sha256sum`. Of a file with problems the last good text stands before the present one.
+fn digest(remembered: &Remembered) -> String {
+    let mut all = Sha256::new();
+    for (file, texts) in &remembered.files {
+        for text in texts.good.iter().chain(&texts.parsed) {
+            all.update(format!("{}  {file}\n", Digest::of(text.as_bytes())));
+        }
+    }
+    all.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Documents with problems: those that the store refused, and policies that do not do all they say. Whole files are told

@@ -138,6 +138,7 @@ async fn admit_and_deliver(
         cut = registration.cut() => return Err(cut.into()),
         server = deliver(&permit, site, &workload, client, target) => server?,
     };
+    record.decided()?;
     Ok(Reached::Stream(server, registration))
 }
 

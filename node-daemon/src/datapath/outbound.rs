@@ -185,6 +185,7 @@ async fn through_tunnel(
         peer: opened.peer.identity,
     });
     let registration = enter(shared, judged, &way.snapshot, record)?;
+    record.decided()?;
     record.opened();
     Ok(carry(stream, opened.stream, record, &registration).await)
 }
@@ -262,6 +263,7 @@ async fn past_the_tunnel(
     };
     tunnel::keep_alive(&server);
     let Some(prepared) = prepared else {
+        record.decided()?;
         record.opened();
         let ending = carry(stream, server, record, &registration).await;
         return Ok(if is_by_rule { plaintext_by_rule(ending, record) } else { ending });
@@ -278,6 +280,7 @@ async fn past_the_tunnel(
         }
         record.learn(|ends| ends.destination.identity = Some(peer));
     }
+    record.decided()?;
     record.opened();
     Ok(carry(stream, spoken.stream, record, &registration).await)
 }

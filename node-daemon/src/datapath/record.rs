@@ -13,8 +13,8 @@ use super::live::{Cut, Registration};
 use crate::{
     net::Progress,
     telemetry::{
-        ConnectionRecord, Direction, Endpoint, Ends, Event, Path, Reason, RouteReason, Shadow, Sink, Tls,
-        Verdict,
+        ConnectionRecord, Decision, Direction, Endpoint, Ends, Event, Path, Reason, RouteReason, Shadow,
+        Sink, Tls, Verdict,
     },
 };
 
@@ -208,6 +208,25 @@ impl Record {
 
     pub(super) fn progress(&self) -> Arc<Progress> {
         Arc::clone(&self.progress)
+    }
+
+    /// It was allowed, which is kept before its first byte flows.
+    pub(super) fn decided(&self) -> Result<(), Ending> {
+        let decision = || {
+            let deciding = self.deciding.clone().unwrap_or_default();
+            Decision {
+                ends: Arc::clone(&self.ends),
+                request: None,
+                verdict: Verdict::Allowed,
+                policy: deciding.policy,
+                rule: deciding.rule,
+                reason: None,
+                shadow: deciding.shadow.map(Shadow::from),
+                audit: deciding.audit,
+                snapshot: self.snapshot,
+            }
+        };
+        self.events.decide(decision).map_err(|not| Ending::denied(Reason::AuditUnavailable, not))
     }
 
     /// The first byte may flow.

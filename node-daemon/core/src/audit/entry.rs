@@ -131,9 +131,9 @@ pub struct Request<'a> {
     pub method: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<&'a str>,
-    /// The path was longer than is kept.
+    /// Method or path was longer than is kept.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub path_is_cut: bool,
+    pub is_cut: bool,
 }
 
 /// A would-be verdict.

@@ -73,6 +73,7 @@ pub fn header(bytes: &[u8]) -> Option<Opening> {
     let Read::Segment(header) = line.read else { return None };
     Some(Opening {
         chain: header.chain,
+        node: header.node,
         segment: header.segment,
         before: line.seq.checked_sub(1)?,
         digest: line.prev,
@@ -83,6 +84,7 @@ pub fn header(bytes: &[u8]) -> Option<Opening> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opening {
     pub chain: String,
+    pub node: String,
     pub segment: u64,
     /// Number and digest of the line before it, the last of the segment before.
     pub before: u64,

@@ -186,6 +186,11 @@ pub enum What {
     Retired(u64),
     #[error("the last line is not whole ({0} bytes): it is being written, or a crash cut it")]
     Torn(u64),
+    #[error(
+        "the checkpoint was signed {seconds} s after the first record that it covers, and one was due after {due_seconds} s: \
+         the node had no certificate, or the records were written anew"
+    )]
+    LateSignature { seconds: u64, due_seconds: u64 },
     #[error("run {0} has no stop: it goes on, or it was killed and what it had not written is lost")]
     NoStop(String),
 }
@@ -433,12 +438,26 @@ impl<'w> Verifier<'w> {
         let Some(witness) = self.witness else { return };
         match self.judge_signature(witness, line, signer, signature) {
             Ok(()) => {
+                self.note_late(line);
                 self.report.checkpoints += 1;
                 self.report.last_checkpoint = Some((line.seq, digest));
                 self.report.unsigned = 0;
                 self.unsigned_times = None;
             }
             Err(problem) => self.find(problem),
+        }
+    }
+
+    /// A key is only as old as its certificate: who rewrites what another key signed cannot sign it in time.
+    fn note_late(&mut self, line: &Line) {
+        let (Some((first, _)), Some(at), Some(header)) =
+            (self.unsigned_times, stamped(&line.time), &self.header)
+        else {
+            return;
+        };
+        let (time, due_seconds) = (at.duration_since(first).unwrap_or_default(), header.checkpoint_seconds);
+        if time > late(due_seconds) {
+            self.note(What::LateSignature { seconds: time.as_secs(), due_seconds });
         }
     }
 
@@ -520,8 +539,7 @@ impl<'w> Verifier<'w> {
         let time = self.unsigned_times.and_then(|(first, last)| last.duration_since(first).ok());
         let time = time.unwrap_or_default();
         let records_max = due_records.saturating_mul(LATE_FACTOR.into()).saturating_add(LATE_LINES);
-        let time_max = Duration::from_secs(due_seconds).saturating_mul(LATE_FACTOR) + LATE_TIME;
-        if records > records_max || time > time_max {
+        if records > records_max || time > late(due_seconds) {
             let problem = Problem::Unsigned { records, seconds: time.as_secs(), due_records, due_seconds };
             self.find_at(end.0.clone(), end.1, problem);
         }
@@ -542,4 +560,8 @@ impl<'w> Verifier<'w> {
             self.report.more += 1;
         }
     }
+}
+
+fn late(due_seconds: u64) -> Duration {
+    Duration::from_secs(due_seconds).saturating_mul(LATE_FACTOR).saturating_add(LATE_TIME)
 }

@@ -10,7 +10,9 @@ use http::{Method, StatusCode, uri::PathAndQuery};
 use node_core::policy::{Denial, RequestDenial, RequestPermit, Verdict as Deciding};
 
 use super::flights::{Airborne, Waiter};
-use crate::telemetry::{Ends, Event, Reason, RequestCounts, RequestRecord, Shadow, Sink, Verdict};
+use crate::telemetry::{
+    Asked, Decision, Ends, Event, NotRecorded, Reason, RequestCounts, RequestRecord, Shadow, Sink, Verdict,
+};
 
 /// What all requests of a connection tell alike.
 pub(super) struct Telling {
@@ -71,6 +73,25 @@ impl Exchange {
         self.outcome = Outcome { verdict: Verdict::Allowed, reason: Some(Reason::ClientReset), detail: None };
         self.deciding = permit.verdict().clone();
         self.path = path.or_else(|| self.path.take());
+    }
+
+    /// It was allowed, which is kept before it goes to the workload.
+    pub(super) fn decided(&self) -> Result<(), NotRecorded> {
+        self.telling.events.decide(|| Decision {
+            ends: Arc::clone(&self.telling.ends),
+            request: Some(Asked {
+                protocol: self.protocol,
+                method: self.method.clone(),
+                path: self.path.clone(),
+            }),
+            verdict: Verdict::Allowed,
+            policy: self.deciding.policy.clone(),
+            rule: self.deciding.rule.clone(),
+            reason: None,
+            shadow: self.deciding.shadow.clone().map(Shadow::from),
+            audit: self.deciding.audit.clone(),
+            snapshot: self.snapshot,
+        })
     }
 
     /// It is under way: a later snapshot may end it.

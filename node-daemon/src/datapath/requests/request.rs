@@ -27,7 +27,8 @@ const BAD_REQUEST_BODY: &str = "Bad Request";
 const UNREACHED_BODY: &str = "upstream connect error";
 const BROKEN_BODY: &str = "upstream broke off";
 
-/// The code of gRPC for a server that is away.
+/// The codes of gRPC for a no of the policy, and for a server that is away.
+const GRPC_PERMISSION_DENIED: u8 = 7;
 const GRPC_UNAVAILABLE: u8 = 14;
 
 /// Answers one request of a client.
@@ -93,6 +94,9 @@ async fn judged(
     exchange.takes_off(airborne);
     if let Some(denial) = flight.cut() {
         return denied(denial, exchange);
+    }
+    if exchange.decided().is_err() {
+        return unrecorded(&way, exchange);
     }
     forward(client, &flight, &way, &permit, body, upgrade, exchange).await
 }
@@ -233,6 +237,13 @@ fn denied(denial: &RequestDenial, mut exchange: Exchange) -> Response<Reply> {
         Some((code, message)) => grpc(status, code, message),
         None => text(status, body),
     }
+}
+
+/// Allowed, and denied all the same: it would leave no trace.
+fn unrecorded(way: &Way, mut exchange: Exchange) -> Response<Reply> {
+    let status = if way.is_grpc { StatusCode::OK } else { StatusCode::FORBIDDEN };
+    exchange.answered(status, Verdict::Denied, Some(Reason::AuditUnavailable), None);
+    if way.is_grpc { grpc(status, GRPC_PERMISSION_DENIED, DENIED_BODY) } else { text(status, DENIED_BODY) }
 }
 
 fn text(status: StatusCode, body: &str) -> Response<Reply> {
