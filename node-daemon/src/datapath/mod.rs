@@ -33,6 +33,8 @@ mod tunnel;
 #[cfg(test)]
 mod host_tests;
 #[cfg(test)]
+mod relay_tests;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

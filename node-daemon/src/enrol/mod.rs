@@ -10,17 +10,21 @@
 //! [`plan`] says who leaves, changes, enters; [`reconcile`] does it, on a thread of its own; [`host`] finds cgroups,
 //! [`routes`] and [`sysctl`] are the namespace's configuration, which [`keeper`] keeps; [`unmeshed`] is about
 //! connections from before; [`state`] is what a successor or the clean-up must undo; [`ground`] is the data path's way back
-//! into the namespace.
+//! into the namespace; [`pairs`] tells the kernel which pods may meet without the daemon, [`direct`] tells of those that do.
 //!
 //! Stopping removes nothing (T-23): only un-enrolment and [`cleanup`] do.
 
 pub mod routes;
+
+mod direct;
 
 mod ground;
 
 mod host;
 
 mod keeper;
+
+mod pairs;
 
 mod plan;
 
@@ -45,6 +49,7 @@ use std::{
 use node_core::{snapshot::Snapshot, workload::ObjectName};
 use tokio::sync::{mpsc, oneshot, watch as watch_channel};
 
+pub use direct::Ledger;
 pub use host::HostError;
 pub use routes::RouteError;
 pub use state::StateError;
@@ -55,7 +60,7 @@ use crate::{
     sys::{Namespace, NamespaceError},
     telemetry::Sink,
 };
-use reconcile::Reconciler;
+use reconcile::{Outlets, Reconciler};
 use state::State;
 
 /// Name of the record of what was changed, in the state folder.
@@ -172,6 +177,20 @@ pub struct View {
     pub workloads: BTreeMap<ObjectName, Standing>,
     /// Labels and values of the kernel's counters.
     pub counters: Vec<(&'static str, u64)>,
+    pub direct: DirectView,
+}
+
+/// How it stands with connections by the kernel alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirectView {
+    /// A table is in force. It may still permit nothing.
+    pub is_on: bool,
+    /// Why it is off.
+    pub problem: Option<String>,
+    /// Number of the table in force.
+    pub generation: u32,
+    /// Entries of it.
+    pub pairs: usize,
 }
 
 impl View {
@@ -184,12 +203,15 @@ impl View {
 /// Enrolment, running on a thread of its own.
 pub struct Enrolment {
     views: watch_channel::Receiver<View>,
+    ledger: Arc<Ledger>,
+    reader: tokio::task::JoinHandle<()>,
     stop: oneshot::Sender<()>,
     thread: thread::JoinHandle<()>,
 }
 
 impl Enrolment {
-    /// Starts it: enrols what the present snapshot says, and follows. The receiver belongs to the data path.
+    /// Starts it: enrols what the present snapshot says, and follows. The receiver belongs to the data path. To be called in a
+    /// tokio runtime, in which events of direct connections are told.
     pub fn start(
         config: EnrolConfig,
         kernel: Kernel,
@@ -201,17 +223,20 @@ impl Enrolment {
         let (changes, changes_receiver) = mpsc::channel(CHANGES_MAX);
         let (view, views) = watch_channel::channel(View { is_owner: true, ..View::default() });
         let (stop, stopped) = oneshot::channel();
+        let ledger = Arc::new(Ledger::new(events.clone()));
+        let reader = tokio::spawn(direct::follow(Arc::clone(&ledger), kernel.direct()));
+        let outlets = Outlets { changes, view, ledger: Arc::clone(&ledger) };
         // A runtime of its own: loading programs and listing sockets takes milliseconds, in which no connection should wait.
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(EnrolError::Thread)?;
         let thread = thread::Builder::new()
             .name("enrol".to_owned())
             .spawn(move || {
-                let reconciler = Reconciler::new(config, kernel, state, host, events, changes, view);
+                let reconciler = Reconciler::new(config, kernel, state, host, events, outlets);
                 runtime.block_on(reconciler.run(snapshots, stopped));
             })
             .map_err(EnrolError::Thread)?;
-        Ok((Self { views, stop, thread }, changes_receiver))
+        Ok((Self { views, ledger, reader, stop, thread }, changes_receiver))
     }
 
     /// What is enrolled, now and later.
@@ -219,8 +244,15 @@ impl Enrolment {
         self.views.clone()
     }
 
+    /// Direct connections of this node.
+    pub fn ledger(&self) -> Arc<Ledger> {
+        Arc::clone(&self.ledger)
+    }
+
     /// Stops following. Everything in the kernel and in the namespaces stays: closed, not open (T-23).
     pub async fn stop(self) {
+        // What it did not read yet is told by a successor.
+        self.reader.abort();
         // It may have ended already, for want of snapshots.
         let _ = self.stop.send(());
         let joined = tokio::task::spawn_blocking(move || self.thread.join()).await;

@@ -28,9 +28,11 @@ use tokio::{
 pub(super) use self::places::{give_back, namespace_of};
 use super::{
     EnrolConfig, Standing, View,
+    direct::Ledger,
     ground::Numbers,
     host::Cgroup,
     keeper::{Keeper, Told},
+    pairs::{Pairs, Pod, Pods},
     plan::{Step, plan},
     state::State,
     unmeshed,
@@ -115,6 +117,17 @@ pub(super) struct Reconciler {
     /// What a predecessor left was looked through.
     is_settled: bool,
     counters: Vec<(&'static str, u64)>,
+    pairs: Pairs,
+    ledger: Arc<Ledger>,
+    /// Pods came or went since the pair table was put in force.
+    are_pairs_stale: bool,
+}
+
+/// Where results go.
+pub(super) struct Outlets {
+    pub(super) changes: mpsc::Sender<Change>,
+    pub(super) view: watch_channel::Sender<View>,
+    pub(super) ledger: Arc<Ledger>,
 }
 
 impl Reconciler {
@@ -124,9 +137,10 @@ impl Reconciler {
         state: State,
         host: Arc<Namespace>,
         events: Sink,
-        changes: mpsc::Sender<Change>,
-        view: watch_channel::Sender<View>,
+        outlets: Outlets,
     ) -> Self {
+        let Outlets { changes, view, ledger } = outlets;
+        let pairs = Pairs::new(kernel.direct(), Arc::clone(&ledger), events.clone());
         let marks = kernel.exempt();
         let exempt: Exemption = Arc::new(move |socket| marks.mark(socket).map_err(std::io::Error::other));
         let (told, reports) = mpsc::channel(TOLD_MAX);
@@ -150,6 +164,9 @@ impl Reconciler {
             is_owner: true,
             is_settled: false,
             counters: Vec::new(),
+            pairs,
+            ledger,
+            are_pairs_stale: true,
         }
     }
 
@@ -193,9 +210,14 @@ impl Reconciler {
         let is_complete = snapshot.unreadable().is_none();
         let declared: BTreeMap<ObjectName, Arc<Workload>> =
             snapshot.local().map(|workload| (workload.name.clone(), Arc::clone(workload))).collect();
-        self.snapshot = Some(snapshot);
+        self.snapshot = Some(Arc::clone(&snapshot));
         if !self.still_owner() {
             return;
+        }
+        self.pairs.follow(&snapshot);
+        if self.is_settled {
+            // What was revoked does not wait for what has to be enrolled. A predecessor's connections wait for their workloads.
+            self.put_pairs();
         }
         let forgotten: Vec<ObjectName> =
             self.waiting.keys().filter(|name| !declared.contains_key(*name)).cloned().collect();
@@ -216,9 +238,11 @@ impl Reconciler {
         for (name, entry) in &mut self.entries {
             if let Some(workload) = declared.get(name) {
                 entry.workload = Arc::clone(workload);
+                self.ledger.learn(entry.number, workload);
             }
         }
         self.end_standing_under_strict();
+        self.put_pairs();
         if is_complete && !self.is_settled {
             self.is_settled = true;
             self.release_undeclared(&declared).await;
@@ -244,8 +268,29 @@ impl Reconciler {
         }
         if count.is_multiple_of(UNMESHED_EVERY) {
             self.count_standing();
+            self.pairs.compare();
+        }
+        if self.are_pairs_stale {
+            self.put_pairs();
         }
         self.show();
+    }
+
+    /// The pair table for the pods that are enrolled at present.
+    fn put_pairs(&mut self) {
+        self.are_pairs_stale = false;
+        let pods = self.pods();
+        self.pairs.put(&mut self.kernel, &pods);
+    }
+
+    fn pods(&self) -> Pods {
+        let pods = self.entries.iter().filter(|(_, entry)| entry.cgroup.is_none());
+        pods.filter_map(|(name, entry)| Some((name.clone(), self.pod(entry)?))).collect()
+    }
+
+    fn pod(&self, entry: &Entry) -> Option<Pod> {
+        let place = self.places.get(&entry.cookie)?;
+        Some(Pod { number: entry.number, namespace: Arc::clone(&place.namespace) })
     }
 
     /// False once a successor took over: then nothing is written any more, and the host's listeners are left to the data path's
@@ -298,6 +343,7 @@ impl Reconciler {
             is_owner: self.is_owner,
             workloads: enrolled.chain(refused).collect(),
             counters: self.counters.clone(),
+            direct: self.pairs.view().clone(),
         };
         self.view.send_if_modified(|shown| {
             let changed = *shown != view;

@@ -79,6 +79,7 @@ fn record(verdict: Verdict, opened: bool, reason: Option<Reason>) -> ConnectionR
             version: "TLSv1.3",
             group: "X25519MLKEM768".to_owned(),
             cipher: "TLS13_AES_128_GCM_SHA256".to_owned(),
+            server_name: Some("web.photo".to_owned()),
         }),
         bytes_in: 100,
         bytes_out: 2_000,
@@ -150,6 +151,7 @@ fn each_event_is_one_line_and_its_counter() {
             "authority failed",
             "culvert_authority_failures_total 1",
         ),
+        (Event::RuleFilesRead { rule: "DestinationRule photo/a".to_owned() }, "files of a rule read", ""),
         (Event::TrustChanged { roots: 1 }, "trust changed", ""),
         (
             Event::CertificateIssued {
@@ -252,7 +254,7 @@ fn a_connection_counts_at_its_opening_and_at_its_end_under_istio_s_labels() {
         r#"source_principal="spiffe://cluster.local/ns/photo/sa/web",destination_workload="unknown","#,
         r#"destination_workload_namespace="unknown",destination_principal="unknown","#,
         r#"destination_service="db.datastore.svc.cluster.local",destination_service_name="db","#,
-        r#"destination_service_namespace="datastore",request_protocol="tcp",connection_security_policy="mutual_tls"}"#,
+        r#"destination_service_namespace="datastore",request_protocol="tcp",connection_security_policy="mutual_tls",path="tunnel"}"#,
     );
     for (name, value) in [
         ("istio_tcp_connections_opened_total", 1),
@@ -264,6 +266,35 @@ fn a_connection_counts_at_its_opening_and_at_its_end_under_istio_s_labels() {
         assert!(text.lines().any(|found| found == line), "no `{line}` in\n{text}");
     }
     assert!(!text.contains("culvert_denials_total{"), "{text}");
+}
+
+#[test]
+fn a_connection_inside_the_node_has_one_line_and_two_reporters() {
+    for path in [Path::Direct, Path::Relay] {
+        let sink = Sink::new();
+        let ends = Arc::new(Ends { path, direction: Direction::Outbound, mutual_tls: false, ..ends() });
+        let Event::ConnectionEnded(record) = ended(Verdict::Allowed, true, None) else { panic!("an end") };
+        let lines = lines(LogFormat::Json, || {
+            sink.emit(&Event::ConnectionOpened(Arc::clone(&ends)));
+            sink.emit(&Event::ConnectionEnded(Box::new(ConnectionRecord {
+                ends: Arc::clone(&ends),
+                ..*record
+            })));
+        });
+        assert_eq!(lines.iter().filter(|line| line.contains("\"access\"")).count(), 1, "{lines:?}");
+        let text = sink.metrics().text().unwrap();
+        let path = format!("path=\"{}\"", path.label());
+        for name in ["opened_total", "closed_total"] {
+            for reporter in ["source", "destination"] {
+                let is_it = |line: &&str| {
+                    line.starts_with(&format!("istio_tcp_connections_{name}{{reporter=\"{reporter}\""))
+                        && line.contains(&path)
+                        && line.ends_with(" 1")
+                };
+                assert!(text.lines().any(|line| is_it(&line)), "{name} of {reporter}:\n{text}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -324,6 +355,7 @@ fn a_request_is_one_line_without_its_query_and_counts_by_its_status() {
             protocol: "http/1.1",
             method: http::Method::GET,
             path: Some("/photos/1?access_token=secret".parse().unwrap()),
+            host: Some("photo.test:80".to_owned()),
             status,
             verdict,
             policy: Some("AuthorizationPolicy/datastore/db".into()),

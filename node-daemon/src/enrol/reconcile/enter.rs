@@ -59,6 +59,8 @@ impl Reconciler {
                     workload: name.clone(),
                     identity: workload.identity.clone(),
                 });
+                self.ledger.learn(entry.number, &workload);
+                self.are_pairs_stale = true;
                 self.entries.insert(name, entry);
             }
             Err(refusal) => {
@@ -80,7 +82,7 @@ impl Reconciler {
         }
     }
 
-    pub(super) async fn enter_pod(
+    async fn enter_pod(
         &mut self,
         workload: &Arc<Workload>,
         path: &Path,
@@ -132,7 +134,7 @@ impl Reconciler {
         })
     }
 
-    pub(super) async fn enter_host(&mut self, workload: &Arc<Workload>) -> Result<Entry, Refusal> {
+    async fn enter_host(&mut self, workload: &Arc<Workload>) -> Result<Entry, Refusal> {
         let cgroup = host::cgroup_of(&workload.placement, &self.config.cgroup_mount)?;
         let others = self.entries.values().filter(|entry| entry.workload.name != workload.name);
         for (other, folder) in others.filter_map(|entry| Some((entry, &entry.cgroup.as_ref()?.folder))) {
@@ -196,7 +198,7 @@ impl Reconciler {
         })
     }
 
-    pub(super) fn host_arrival(&self, listeners: Listeners) -> Arrival {
+    fn host_arrival(&self, listeners: Listeners) -> Arrival {
         let pod = PodGround {
             namespace: Arc::clone(&self.host),
             exempt: Arc::clone(&self.exempt),
@@ -212,7 +214,7 @@ impl Reconciler {
     }
 
     /// Whether a predecessor, or this daemon before, has this very enrolment under way: then its connections are not from before.
-    pub(super) fn continues(&self, target: &EnrolTarget<'_>) -> bool {
+    fn continues(&self, target: &EnrolTarget<'_>) -> bool {
         let remembered = self.kernel.remembered();
         let by_predecessor = remembered.iter().any(|r| r.key == target.key && r.cookie == target.cookie);
         let by_us = self
@@ -224,7 +226,7 @@ impl Reconciler {
 
     /// From steered to captured: settings, rules and routes, connections from before, the connect hook. After a failure a new
     /// enrolment is undone; one that continues stays as it is, closed.
-    pub(super) async fn close_in(
+    async fn close_in(
         &mut self,
         workload: &Arc<Workload>,
         namespace: &Arc<Namespace>,
@@ -240,7 +242,7 @@ impl Reconciler {
         outcome
     }
 
-    pub(super) async fn try_close_in(
+    async fn try_close_in(
         &mut self,
         workload: &Arc<Workload>,
         namespace: &Arc<Namespace>,
@@ -273,7 +275,7 @@ impl Reconciler {
         Ok(left)
     }
 
-    pub(super) fn standing(
+    fn standing(
         &self,
         namespace: &Namespace,
         own: &BTreeSet<IpAddr>,
@@ -290,7 +292,7 @@ impl Reconciler {
             .map_err(|source| Refusal::Call { call: "listing standing connections", source })
     }
 
-    pub(super) fn end_inbound(
+    fn end_inbound(
         &self,
         workload: &Workload,
         namespace: &Namespace,

@@ -62,6 +62,7 @@ impl Reconciler {
     pub(super) async fn close_for_now(&mut self, workload: Arc<Workload>, refusal: &Refusal) {
         let name = workload.name.clone();
         let Some(entry) = self.entries.remove(&name) else { return };
+        self.are_pairs_stale = true;
         self.numbers.remove(&name);
         self.publish(Change::Left { name: name.clone() }).await;
         let (reason, problem) = (refusal.label(), refusal.to_string());
@@ -88,7 +89,14 @@ impl Reconciler {
         let name = entry.workload.name.clone();
         self.numbers.remove(&name);
         self.publish(Change::Left { name: name.clone() }).await;
+        let pod = self.pod(&entry).filter(|_| entry.cgroup.is_none());
         self.undo(&name, entry.cookie, entry.number).await;
+        if let Some(pod) = pod {
+            // From here on no new one comes.
+            self.pairs.end_all_of(&pod, &self.pods());
+        }
+        self.ledger.depart(entry.number);
+        self.are_pairs_stale = true;
         if entry.cgroup.is_some() && !self.places.contains_key(&self.host.cookie()) {
             self.host_listeners = None;
             self.publish(Change::Left { name: host_site() }).await;
