@@ -84,6 +84,7 @@ async fn come_in(
             let secured = tunnel::accept_hello(*hello, stream, credentials.mesh_server()).await;
             drop(turn);
             let Secured { stream, peer, tls, server_name } = secured.map_err(|failed| refused(&failed))?;
+            let tls = Tls { server_name: server_name.clone(), ..tls };
             learn_peer(record, &snapshot, client, &peer, tls);
             let presented = Presented::MeshTls { peer: peer.identity, server_name };
             through(shared, site, stream, facts(presented), None, record).await

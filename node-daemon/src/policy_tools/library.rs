@@ -1,13 +1,20 @@
-//! The policies that cases refer to, from files: read as the daemon reads its folder, with the same limits.
+//! Documents from files, read as the daemon reads its folder, with the same limits: the policies that cases refer to, and
+//! whole meshes.
 
 use std::{
     cell::RefCell,
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use node_core::cases::Library;
+use node_core::{
+    cases::Library,
+    snapshot::Snapshot,
+    store::{Store, Update},
+};
 use serde_json::Value;
+use spiffe_id::TrustDomain;
 
 use crate::control::file::{self, Change, FILE_BYTES_MAX, Folder};
 
@@ -61,4 +68,23 @@ fn documents(change: Change) -> Result<OfFile, String> {
         Change::Removed { file } => Err(format!("{file}: it is gone")),
         Change::FolderReadable { .. } => Err("it changed while it was read".to_owned()),
     }
+}
+
+/// What these files say together, compiled for one node.
+pub(super) fn snapshot(files: &[OfFile], node: &str, trust_domain: &TrustDomain) -> Arc<Snapshot> {
+    let mut store = Store::new(node, trust_domain.clone());
+    for (file, documents) in files {
+        store.apply(Update::replace(file, documents.clone()));
+    }
+    store.snapshot()
+}
+
+/// What is wrong with the documents: the answer may hang on it.
+pub(super) fn problems(snapshot: &Snapshot) -> Vec<String> {
+    let of_documents = snapshot.problems().iter().map(ToString::to_string);
+    let of_policies = snapshot.statuses().iter().filter(|status| !status.accepted).filter_map(|status| {
+        let problem = status.problem.as_deref()?;
+        Some(format!("{}: {} {}: {problem}", status.source.file, status.kind, status.name))
+    });
+    of_documents.chain(of_policies).collect()
 }

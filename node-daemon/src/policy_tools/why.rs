@@ -14,17 +14,16 @@ use std::{
 
 use node_core::{
     policy::{
-        Admission, ConnectionFacts, Considered, DenialReason, Explanation, Headers, Mismatch, Presented,
-        RequestFacts,
+        Admission, Change, ConnectionFacts, Considered, DenialReason, Explanation, Headers, Mismatch, Point,
+        Presented, RequestFacts, RequestPoint,
         tokens::{Algorithm, KeySet, KeySource, Signatures, TokenFault, TokenRules, Tokens},
     },
     snapshot::{Route, Snapshot},
-    store::{Store, Update},
     workload::{ObjectName, Workload},
 };
 use spiffe_id::TrustDomain;
 
-use super::library::{self, OfFile};
+use super::library;
 use crate::jwks;
 
 const WHOLE: &str = "the connection is judged as a whole: method, path, headers and token do not count";
@@ -52,6 +51,8 @@ pub struct Answer {
     identity: String,
     explanation: Explanation,
     change: Vec<String>,
+    /// Ways to turn the verdict over with the fewest attributes.
+    smallest: Vec<Vec<Change>>,
     notes: Vec<String>,
 }
 
@@ -81,19 +82,11 @@ pub enum NoAnswer {
 pub fn why(documents: &Path, trust_domain: &TrustDomain, question: &Question) -> Result<Answer, NoAnswer> {
     let files = library::load(documents).map_err(NoAnswer::Documents)?;
     // Policies are compiled for one node: that of the destination, which has to be found first.
-    let anywhere = snapshot(&files, "", trust_domain);
+    let anywhere = library::snapshot(&files, "", trust_domain);
     let (_, found) = follow(&anywhere, question)?;
-    let snapshot = snapshot(&files, &found.destination.node, trust_domain);
+    let snapshot = library::snapshot(&files, &found.destination.node, trust_domain);
     let (caller, found) = follow(&snapshot, question)?;
     judge(&snapshot, &caller, &found, question)
-}
-
-fn snapshot(files: &[OfFile], node: &str, trust_domain: &TrustDomain) -> Arc<Snapshot> {
-    let mut store = Store::new(node, trust_domain.clone());
-    for (file, documents) in files {
-        store.apply(Update::replace(file, documents.clone()));
-    }
-    store.snapshot()
 }
 
 /// Where a connection ends.
@@ -189,7 +182,7 @@ fn judge(
     let rules = snapshot.token_rules(&found.destination, found.endpoint.port());
     let asked = Asked::new(question, rules);
     let request = asked.facts();
-    let mut notes = problems(snapshot);
+    let mut notes = library::problems(snapshot);
     let (denied, is_by_request) = match (snapshot.admit(&facts), &request) {
         (Err(denial), _) => (Some(denial.reason), false),
         (Ok(Admission::Stream(_)), _) => (None, false),
@@ -219,19 +212,10 @@ fn judge(
         ),
         identity: if caller.enrolled { caller.identity.to_string() } else { "nobody (plaintext)".to_owned() },
         change: change(denied, &explanation.considered),
+        smallest: smallest(snapshot, &facts, &asked, is_by_request),
         explanation,
         notes,
     })
-}
-
-/// What is wrong with the documents: the answer may hang on it.
-fn problems(snapshot: &Snapshot) -> Vec<String> {
-    let of_documents = snapshot.problems().iter().map(ToString::to_string);
-    let of_policies = snapshot.statuses().iter().filter(|status| !status.accepted).filter_map(|status| {
-        let problem = status.problem.as_deref()?;
-        Some(format!("{}: {} {}: {problem}", status.source.file, status.kind, status.name))
-    });
-    of_documents.chain(of_policies).collect()
 }
 
 /// The request of a question, its token verified.
@@ -240,6 +224,8 @@ struct Asked<'q> {
     headers: Lines,
     tokens: Tokens,
     has_assumed: bool,
+    /// Seconds since 1970.
+    now: u64,
 }
 
 impl<'q> Asked<'q> {
@@ -253,7 +239,7 @@ impl<'q> Asked<'q> {
         let path = question.request.as_ref().map(|(_, path)| path.as_str());
         let verify = |rules: &TokenRules| rules.verify(rules.locate(path, &headers), now, &keys);
         let tokens = rules.map_or_else(Tokens::none, verify);
-        Self { question, headers, tokens, has_assumed: keys.has_assumed.get() }
+        Self { question, headers, tokens, has_assumed: keys.has_assumed.get(), now }
     }
 
     fn facts(&self) -> Option<RequestFacts<'_>> {
@@ -307,6 +293,35 @@ impl Signatures for KeysAtHand {
         let is_good = candidates.any(|key| jwks::is_signed_by(key, algorithm, signed, signature));
         if is_good { Ok(()) } else { Err(TokenFault::Signature) }
     }
+}
+
+/// The fewest attributes of the caller or the request that would turn the verdict over.
+fn smallest(
+    snapshot: &Snapshot,
+    facts: &ConnectionFacts,
+    asked: &Asked<'_>,
+    is_by_request: bool,
+) -> Vec<Vec<Change>> {
+    let peer = match &facts.presented {
+        Presented::Tunnel(peer) | Presented::Attested(peer) | Presented::MeshTls { peer, .. } => {
+            Some(peer.clone())
+        }
+        Presented::Plaintext => None,
+    };
+    let request = asked.facts().filter(|_| is_by_request).map(|request| {
+        RequestPoint::new(request.method, request.path, request.host, asked.headers.0.clone())
+    });
+    let point = Point {
+        destination: Arc::clone(&facts.destination),
+        port: facts.destination_port,
+        destination_address: facts.destination_address,
+        source_address: facts.source_address,
+        peer,
+        is_attested: matches!(facts.presented, Presented::Attested(_)),
+        server_name: None,
+        request,
+    };
+    snapshot.compiled().smallest_changes(&point, asked.now, &KeysAtHand::default())
 }
 
 /// The least that would turn the verdict over.
@@ -382,6 +397,12 @@ impl fmt::Display for Answer {
         writeln!(formatter, "reason: {}", self.explanation.reason)?;
         if !self.change.is_empty() {
             writeln!(formatter, "{other} if: {}", self.change.join(", and "))?;
+        }
+        for changes in &self.smallest {
+            let each = changes
+                .iter()
+                .map(|Change { attribute, from, to }| format!("{attribute} {to} instead of {from}"));
+            writeln!(formatter, "{other} with: {}", each.collect::<Vec<_>>().join(", and "))?;
         }
         self.notes.iter().try_for_each(|note| writeln!(formatter, "note: {note}"))
     }

@@ -38,6 +38,8 @@ pub enum Event {
     NodeJoined { node: String },
     /// The authority could not be reached or refused; tried again after `retry`.
     AuthorityFailed { call: &'static str, problem: String, retry: Duration },
+    /// The files that a rule names were read, for the first time or anew; what is spoken next uses them (T-20).
+    RuleFilesRead { rule: String },
     /// The trust bundle was replaced.
     TrustChanged { roots: usize },
     /// A certificate is there. `identity` may be the node's own name.
@@ -201,6 +203,8 @@ pub struct RequestRecord {
     pub method: http::Method,
     /// As it was judged, or where it could not be, as it was sent. The query is never shown.
     pub path: Option<http::uri::PathAndQuery>,
+    /// The authority, port included: rules may ask for it (policy B-5). `None` also where the head was not read.
+    pub host: Option<String>,
     pub status: u16,
     pub verdict: Verdict,
     pub policy: Option<Arc<str>>,
@@ -261,6 +265,8 @@ pub struct Tls {
     pub group: String,
     /// Such as `TLS13_AES_256_GCM_SHA384`.
     pub cipher: String,
+    /// What the client called the server, where it did so within mesh TLS: rules may ask for it (policy B-6).
+    pub server_name: Option<String>,
 }
 
 /// Why a connection was denied, failed or cut short. [`Reason::label`] is the access log's `reason` and the metric's

@@ -110,6 +110,7 @@ pub(super) fn write(event: &Event) {
         Event::AuthorityFailed { call, problem, retry } => {
             warn!(target: "event", call, problem, retry_ms = milliseconds(*retry), "authority failed");
         }
+        Event::RuleFilesRead { rule } => info!(target: "event", rule, "files of a rule read"),
         Event::TrustChanged { roots } => info!(target: "event", roots, "trust changed"),
         Event::CertificateIssued { identity, serial, not_after, generation } => {
             let not_after = rfc3339(*not_after);
@@ -203,6 +204,7 @@ fn write_ended(record: &ConnectionRecord) {
         tls.version = record.tls.as_ref().map(|tls| tls.version),
         tls.group = record.tls.as_ref().map(|tls| &*tls.group),
         tls.cipher = record.tls.as_ref().map(|tls| &*tls.cipher),
+        tls.server_name = record.tls.as_ref().and_then(|tls| tls.server_name.as_deref()),
         bytes_in = record.bytes_in,
         bytes_out = record.bytes_out,
         duration_ms = milliseconds(record.duration),
@@ -232,6 +234,7 @@ fn write_request(record: &RequestRecord) {
         protocol = record.protocol,
         method = record.method.as_str(),
         request_path = record.path.as_ref().map(http::uri::PathAndQuery::path),
+        host = record.host.as_deref(),
         status = record.status,
         verdict = record.verdict.label(),
         policy = record.policy.as_deref(),

@@ -29,6 +29,7 @@ pub(super) struct Exchange {
     protocol: &'static str,
     method: Method,
     path: Option<PathAndQuery>,
+    host: Option<String>,
     status: StatusCode,
     outcome: Outcome,
     deciding: Deciding,
@@ -57,11 +58,17 @@ impl Exchange {
             protocol,
             method,
             path,
+            host: None,
             status: STATUS_NONE,
             outcome: Outcome { verdict: Verdict::Failed, reason: Some(Reason::ClientReset), detail: None },
             deciding: Deciding::default(),
             snapshot: 0,
         }
+    }
+
+    /// Whom the client means.
+    pub(super) fn asks_for(&mut self, host: Option<&str>) {
+        self.host = host.map(str::to_owned);
     }
 
     pub(super) fn judged_by(&mut self, snapshot: u64) {
@@ -176,6 +183,7 @@ impl Drop for Exchange {
             protocol: self.protocol,
             method: std::mem::take(&mut self.method),
             path: self.path.take(),
+            host: self.host.take(),
             status: self.status.as_u16(),
             verdict: self.outcome.verdict,
             policy: deciding.policy,

@@ -42,7 +42,7 @@ pub(super) async fn serve(
     }
     let (parts, body) = request.into_parts();
     let protocol = protocol(&parts);
-    let exchange = Exchange::new(
+    let mut exchange = Exchange::new(
         Arc::clone(&client.telling),
         protocol,
         parts.method.clone(),
@@ -52,6 +52,7 @@ pub(super) async fn serve(
         Ok(read) => read,
         Err(bad) => return Ok(bad_head(bad, exchange)),
     };
+    exchange.asks_for(asked.host.as_deref());
     Ok(judged(&client, asked, way, body, upgrade, exchange).await)
 }
 

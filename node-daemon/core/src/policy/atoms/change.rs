@@ -128,13 +128,16 @@ impl Compiled {
 pub struct Unknown {
     pub host: bool,
     pub server_name: bool,
+    /// Method, path and host of a request that some connection carried.
+    pub request: bool,
 }
 
 impl Unknown {
     fn includes(self, attribute: &Attribute) -> bool {
         match attribute {
             Attribute::Header(_) | Attribute::Token => true,
-            Attribute::Host => self.host,
+            Attribute::Host => self.host || self.request,
+            Attribute::Method | Attribute::Path => self.request,
             Attribute::ServerName => self.server_name,
             attribute => attribute.is_of_token(),
         }
