@@ -18,6 +18,9 @@ use std::{
     time::Duration,
 };
 
+#[path = "kernel/direct.rs"]
+mod direct;
+
 use ebpf_abi::{WorkloadNumber, limits};
 use nix::sys::socket::{setsockopt, sockopt::TcpFastOpenConnect};
 use node_daemon::{
@@ -812,6 +815,8 @@ static WORLDS: AtomicU32 = AtomicU32::new(0);
 struct World {
     name: String,
     sizes: MapSizes,
+    /// Of all pods; this process's own where there is none.
+    cgroup: Option<PathBuf>,
     pod: Place,
     peer: Place,
 }
@@ -822,12 +827,19 @@ impl World {
     }
 
     fn with_sizes(sizes: MapSizes) -> (Self, Kernel) {
+        let world = Self::without_kernel(sizes);
+        let kernel = Kernel::start(&world.config()).expect("the programs load and attach");
+        (world, kernel)
+    }
+
+    fn without_kernel(sizes: MapSizes) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "the tests in node-daemon/tests/kernel.rs need root");
         let name = format!("kt{}-{}", process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
         let world = Self {
             pod: Place::make(&format!("{name}p")),
             peer: Place::make(&format!("{name}q")),
             sizes,
+            cgroup: None,
             name,
         };
         let (pod, peer) = (&world.pod.name, &world.peer.name);
@@ -837,16 +849,23 @@ impl World {
             ip(&format!("-n {place} address add {}/64 dev eth0 nodad", addresses[1]));
             ip(&format!("-n {place} link set eth0 up"));
         }
-        let kernel = Kernel::start(&world.config()).expect("the programs load and attach");
-        (world, kernel)
+        world
+    }
+
+    /// A file system of its own, which goes with this world.
+    fn bpffs(&self) -> PathBuf {
+        std::env::temp_dir().join(&self.name)
     }
 
     fn config(&self) -> KernelConfig {
         let mount = cgroup::mount_point().expect("a cgroup2 tree");
         KernelConfig {
             node: format!("{}.test", self.name),
-            bpffs: PathBuf::from("/sys/fs/bpf"),
-            cgroup: cgroup::own_folder(&mount).expect("this process has a cgroup"),
+            bpffs: self.bpffs(),
+            cgroup: self
+                .cgroup
+                .clone()
+                .unwrap_or_else(|| cgroup::own_folder(&mount).expect("this process has a cgroup")),
             mark: MARK,
             sizes: self.sizes,
         }
@@ -871,6 +890,17 @@ impl World {
         (listeners, number)
     }
 
+    /// Each end knows the hardware address of the other for good, so that only what is held back is lost.
+    fn know_each_other(&self) {
+        let (pod, peer) = (&self.pod.name, &self.peer.name);
+        for (place, other, addresses) in [(pod, peer, [PEER4, PEER6]), (peer, pod, [POD4, POD6])] {
+            for address in addresses {
+                let hardware = direct::hardware(other, "eth0");
+                ip(&format!("-n {place} neighbour replace {address} lladdr {hardware} dev eth0"));
+            }
+        }
+    }
+
     /// Everything that is pinned for this node.
     fn pins(&self) -> Vec<PathBuf> {
         fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
@@ -880,11 +910,7 @@ impl World {
             }
         }
         let mut found = Vec::new();
-        for entry in fs::read_dir("/sys/fs/bpf/culvert").into_iter().flatten().flatten() {
-            if entry.file_name().to_string_lossy().starts_with(&format!("{}-test~", self.name)) {
-                walk(&entry.path(), &mut found);
-            }
-        }
+        walk(&self.bpffs(), &mut found);
         found.sort();
         found
     }
@@ -895,6 +921,9 @@ impl Drop for World {
         if let Err(error) = cleanup(&self.config()) {
             eprintln!("{}: {error}", self.name);
         }
+        // The kernel mounted it at the start; a test that failed before has none.
+        let _: nix::Result<()> = nix::mount::umount2(&self.bpffs(), nix::mount::MntFlags::MNT_DETACH);
+        let _: io::Result<()> = fs::remove_dir(self.bpffs());
     }
 }
 
@@ -917,7 +946,11 @@ impl Place {
 
     /// What enrolment adds between [`Kernel::steer`] and [`Kernel::capture`].
     fn with_capture_routes(&self) {
-        for (family, source) in [("-4", POD4), ("-6", POD6)] {
+        self.with_capture_routes_of([POD4, POD6]);
+    }
+
+    fn with_capture_routes_of(&self, own: [&str; 2]) {
+        for (family, source) in [("-4", own[0]), ("-6", own[1])] {
             let place = &self.name;
             ip(&format!("{family} -n {place} rule add pref 100 fwmark {MARK}/{MARK} lookup {TABLE}"));
             ip(&format!("{family} -n {place} route add local default dev lo src {source} table {TABLE}"));
@@ -1143,6 +1176,16 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
         assert!(std::time::Instant::now() < deadline, "waited for: {what}");
         thread::yield_now();
     }
+}
+
+/// Bytes that a socket was given and the other side has not acknowledged (`SIOCOUTQ`).
+fn unacknowledged(socket: BorrowedFd<'_>) -> i32 {
+    nix::ioctl_read_bad!(unacknowledged_bytes, nix::libc::TIOCOUTQ, i32);
+    let mut bytes = 0;
+    // SAFETY: the descriptor is borrowed, and the kernel writes one integer.
+    unsafe { unacknowledged_bytes(std::os::fd::AsRawFd::as_raw_fd(&socket), &raw mut bytes) }
+        .expect("a TCP socket");
+    bytes
 }
 
 /// `connect(AF_UNSPEC)`: the socket may be used again.
