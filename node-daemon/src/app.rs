@@ -325,7 +325,7 @@ fn views(
     stage: &watch::Sender<Stage>,
     events: &Sink,
 ) -> Views {
-    let (enrolled, counted) = (enrolment.views(), enrolment.views());
+    let (enrolled, counted, table) = (enrolment.views(), enrolment.views(), enrolment.views());
     // The views do not keep the room running.
     let (certificates, node_certificate) = (Arc::downgrade(certs), Arc::downgrade(certs));
     let (datapath, ledger) = (Arc::clone(datapath), enrolment.ledger());
@@ -348,9 +348,15 @@ fn views(
             carried.into_iter().chain(ledger.views()).collect()
         }),
         client_files: Arc::new(move |snapshot| files.faults(snapshot)),
+        direct: Arc::new(move || direct(&table.borrow().direct)),
         kernel: Arc::new(move || counted.borrow().counters.clone()),
         events: events.clone(),
     }
+}
+
+fn direct(view: &enrol::DirectView) -> admin::status::Direct {
+    let enrol::DirectView { is_on, problem, snapshot, generation, pairs } = view.clone();
+    admin::status::Direct { on: is_on, problem, snapshot, generation, pairs }
 }
 
 fn enrolments(view: &enrol::View) -> Vec<EnrolmentView> {

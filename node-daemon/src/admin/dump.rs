@@ -70,6 +70,7 @@ pub fn status(views: &Views) -> Status {
         documents: documents(views, &snapshot),
         connections_total: connections.len(),
         connections: connections.iter().take(CONNECTIONS_SHOWN_MAX).map(connection).collect(),
+        direct: (views.direct)(),
         kernel: (views.kernel)().into_iter().map(|(label, count)| (label.to_owned(), count)).collect(),
     }
 }
@@ -102,11 +103,13 @@ fn workloads(
         enrolments.iter().map(|view| (&view.workload, &view.problem)).collect();
     let mut open: BTreeMap<ObjectName, usize> = BTreeMap::new();
     for view in connections {
+        let (source, destination) = (&view.ends.source, &view.ends.destination);
         let local = match view.ends.direction {
-            Direction::Inbound => &view.ends.destination,
-            Direction::Outbound => &view.ends.source,
+            _ if view.ends.is_within_node() => vec![source, destination],
+            Direction::Inbound => vec![destination],
+            Direction::Outbound => vec![source],
         };
-        if let Some(name) = &local.workload {
+        for name in local.into_iter().filter_map(|end| end.workload.as_ref()) {
             *open.entry(name.clone()).or_default() += 1;
         }
     }

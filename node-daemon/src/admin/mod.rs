@@ -65,6 +65,8 @@ pub struct Views {
     pub certificates: View<Vec<CertificateView>>,
     pub node_certificate: View<Option<NodeCertificateView>>,
     pub connections: View<Vec<ConnectionView>>,
+    /// Of the kernel's pair table.
+    pub direct: View<status::Direct>,
     /// Rules whose files cannot be used.
     pub client_files: ClientFilesView,
     /// Counters of the kernel's half, by label.

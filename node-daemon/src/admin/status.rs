@@ -32,8 +32,23 @@ pub struct Status {
     /// At most [`CONNECTIONS_SHOWN_MAX`].
     pub connections: Vec<Connection>,
     pub connections_total: usize,
+    pub direct: Direct,
     /// Counters of the kernel's half.
     pub kernel: std::collections::BTreeMap<String, u64>,
+}
+
+/// Whether connections inside the node may go by the kernel alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Direct {
+    pub on: bool,
+    /// Why it is off.
+    pub problem: Option<String>,
+    /// Number of the snapshot whose pairs are in force.
+    pub snapshot: u64,
+    /// Number of the table in force.
+    pub generation: u32,
+    /// Entries of it.
+    pub pairs: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -203,6 +218,11 @@ impl fmt::Display for Status {
                 writeln!(formatter, "  {} until {}", certificate.name, certificate.not_after)?
             }
             None => writeln!(formatter, "  this node has not joined the CA yet")?,
+        }
+        match &self.direct.problem {
+            None if self.direct.on => writeln!(formatter, "  direct path: on, {} pairs", self.direct.pairs)?,
+            None => writeln!(formatter, "  direct path: not yet")?,
+            Some(problem) => writeln!(formatter, "  direct path: off: {problem}")?,
         }
         write!(formatter, "\n{}", self.workload_table())?;
         write!(formatter, "\n{}", self.certificate_table())?;

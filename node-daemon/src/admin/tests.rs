@@ -96,6 +96,7 @@ impl Node {
             }),
             connections: Arc::new(|| vec![connection()]),
             client_files: Arc::new(|_| BTreeMap::new()),
+            direct: Arc::new(crate::admin::status::Direct::default),
             kernel: Arc::new(|| vec![("captured_egress", 4), ("captured", 5)]),
             events: Sink::new(),
         };

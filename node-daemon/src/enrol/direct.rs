@@ -22,7 +22,9 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::{
     datapath::{ConnectionView, protocol_of, workload_end},
     kernel::{Direct, DirectEvents, KernelError},
-    telemetry::{ConnectionRecord, Direction, Endpoint, Ends, Event, Path, Reason, Shadow, Sink, Verdict},
+    telemetry::{
+        ConnectionRecord, Decision, Direction, Endpoint, Ends, Event, Path, Reason, Shadow, Sink, Verdict,
+    },
 };
 
 /// Workloads that left and are still known by their number: events of theirs may be on their way for a tenth of a second. At the
@@ -211,13 +213,10 @@ impl Known {
     ) -> Open {
         let meeting = self.meeting(source, destination, tuple);
         let (deciding, snapshot) = self.permitted(&meeting);
-        Open {
-            ends: Arc::new(meeting.ends(events, &deciding)),
-            deciding,
-            snapshot,
-            cause: None,
-            is_missing: false,
-        }
+        let ends = Arc::new(meeting.ends(events, &deciding));
+        // Where nothing may pass without a record nothing is direct; see `Pairs::new`.
+        let _ = events.decide(|| Decision::allowed(Arc::clone(&ends), None, deciding.clone(), snapshot));
+        Open { ends, deciding, snapshot, cause: None, is_missing: false }
     }
 
     /// Rule and snapshot that permit it: the current one, or if it came right before that, the one before.

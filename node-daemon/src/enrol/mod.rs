@@ -187,6 +187,8 @@ pub struct DirectView {
     pub is_on: bool,
     /// Why it is off.
     pub problem: Option<String>,
+    /// Number of the snapshot whose table is in force, and what it does not permit is ended.
+    pub snapshot: u64,
     /// Number of the table in force.
     pub generation: u32,
     /// Entries of it.

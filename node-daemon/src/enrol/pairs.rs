@@ -3,7 +3,11 @@
 //!
 //! [`PairTable`] (names) -> [`translate`] (numbers) -> `set_pairs` (in force, and nothing older is) -> list -> end (T-14, T-18).
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use ebpf_abi::{Address, DirectValue, PairKey, PairVerdict, Tuple, WorkloadNumber};
 use node_core::{
@@ -23,6 +27,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(super) struct Pod {
     pub(super) number: WorkloadNumber,
+    /// As its document has them.
+    pub(super) addresses: Vec<IpAddr>,
     pub(super) namespace: Arc<Namespace>,
 }
 
@@ -37,6 +43,8 @@ pub(super) struct Pairs {
     /// Why connections could not be ended, if so: then none may be direct.
     barrier: Option<String>,
     wanted: Result<PairTable, NoTable>,
+    /// Number of the snapshot that wants it.
+    snapshot: u64,
     /// In force; `None`: nobody knows.
     present: Option<DirectTable>,
     view: DirectView,
@@ -45,14 +53,18 @@ pub(super) struct Pairs {
 impl Pairs {
     /// Probes whether direct connections could be ended again: without that none is made.
     pub(super) fn new(direct: Direct, ledger: Arc<Ledger>, events: Sink) -> Self {
-        let barrier =
-            diag::probe_destroy().err().map(|error| format!("connections cannot be ended: {error}"));
+        let barrier = if events.must_record() {
+            Some("nothing may pass without a record (audit.onFull), and the kernel keeps none".to_owned())
+        } else {
+            diag::probe_destroy().err().map(|error| format!("connections cannot be ended: {error}"))
+        };
         Self {
             events,
             direct,
             ledger,
             barrier,
             wanted: Ok(PairTable::default()),
+            snapshot: 0,
             present: None,
             view: DirectView::default(),
         }
@@ -67,18 +79,22 @@ impl Pairs {
         if let Err(none) = self.wanted {
             self.events.emit(&Event::LimitReached { limit: none.limit(), workload: None });
         }
+        self.snapshot = snapshot.number();
         self.ledger.judge_by(snapshot);
     }
 
     /// Puts in force what is wanted, for the pods that are enrolled, and ends what lost its permit. Without a change it does
     /// nothing.
     pub(super) fn put(&mut self, kernel: &mut Kernel, pods: &Pods) {
-        let table = self.wanted.as_ref().map(|wanted| translate(wanted, pods)).unwrap_or_default();
+        let table = self.wanted.as_ref().map(|wanted| translate(wanted, |pod| pods.get(pod).map(|pod| pod.number))).unwrap_or_default();
         let mut problem = self.barrier.clone().or(self.wanted.as_ref().err().map(NoTable::to_string));
         if self.present.as_ref() == Some(&table) {
+            if let Err(error) = kernel.declared(owners_among(pods)) {
+                self.failed("changing declared addresses", &error);
+            }
             return self.tell(problem);
         }
-        match kernel.set_pairs(&table) {
+        match kernel.declared(owners_among(pods)).and_then(|()| kernel.set_pairs(&table)) {
             Ok(generation) => {
                 self.view.generation = generation.0;
                 self.view.pairs = table.pairs.len();
@@ -91,8 +107,8 @@ impl Pairs {
                 problem = Some(error.to_string());
             }
         }
-        self.tell(problem);
         self.end_unpermitted(pods);
+        self.tell(problem);
     }
 
     /// For status.
@@ -151,6 +167,7 @@ impl Pairs {
         if is_first || self.view.problem != problem {
             self.events.emit(&Event::DirectPath { on: problem.is_none(), problem: problem.clone() });
         }
+        self.view.snapshot = self.snapshot;
         self.view.is_on = problem.is_none();
         self.view.problem = problem;
     }
@@ -206,14 +223,73 @@ fn socket_address(address: Address, port: u16) -> SocketAddr {
     SocketAddr::new(address.into(), port)
 }
 
+/// Whose the addresses are. One that two pods declare is nobody's.
+fn owners<'a>(pods: impl Iterator<Item = (WorkloadNumber, &'a [IpAddr])>) -> BTreeMap<IpAddr, WorkloadNumber> {
+    let mut owners: BTreeMap<IpAddr, Option<WorkloadNumber>> = BTreeMap::new();
+    for (number, addresses) in pods {
+        for address in addresses {
+            owners.entry(*address).and_modify(|owner| *owner = None).or_insert(Some(number));
+        }
+    }
+    owners.into_iter().filter_map(|(address, owner)| Some((address, owner?))).collect()
+}
+
+fn owners_among(pods: &Pods) -> BTreeMap<IpAddr, WorkloadNumber> {
+    owners(pods.values().map(|pod| (pod.number, pod.addresses.as_slice())))
+}
+
 /// The table in the kernel's numbers. Pairs with a pod that is not enrolled are left out: they ask.
-fn translate(table: &PairTable, pods: &Pods) -> DirectTable {
-    let number = |name: &ObjectName| pods.get(name).map(|pod| pod.number);
-    let classes: Vec<_> =
-        table.sources.iter().filter_map(|(source, class)| Some((number(source)?, *class))).collect();
+fn translate(table: &PairTable, number: impl Fn(&ObjectName) -> Option<WorkloadNumber>) -> DirectTable {
+    let classes = table.sources.iter().filter_map(|(source, class)| Some((number(source)?, *class)));
     let pairs = table.pairs.iter().filter_map(|((class, destination, port), verdict)| {
         let key = PairKey::pair(*class, number(destination)?, port.unwrap_or(PairKey::OTHER_PORTS));
         Some((key, *verdict))
     });
-    DirectTable { pairs: pairs.collect(), classes }
+    DirectTable { classes: classes.collect(), pairs: pairs.collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(name: &str) -> ObjectName {
+        ObjectName::new("photo", name)
+    }
+
+    #[test]
+    fn only_pods_that_are_enrolled_are_in_the_kernels_table() {
+        let table = PairTable {
+            sources: [(name("a"), 0), (name("gone"), 0), (name("b"), 1)].into(),
+            pairs: [
+                ((0, name("b"), None), PairVerdict::Permit),
+                ((0, name("b"), Some(80)), PairVerdict::Ask),
+                ((0, name("gone"), None), PairVerdict::Permit),
+                ((1, name("a"), Some(81)), PairVerdict::Deny),
+            ]
+            .into(),
+        };
+        let number = |pod: &ObjectName| match &*pod.name {
+            "a" => Some(WorkloadNumber(7)),
+            "b" => Some(WorkloadNumber(9)),
+            _ => None,
+        };
+        let translated = translate(&table, number);
+        assert_eq!(translated.classes, [(WorkloadNumber(7), 0), (WorkloadNumber(9), 1)]);
+        let pair = |class, number, port| PairKey::pair(class, WorkloadNumber(number), port);
+        let expected = [
+            (pair(0, 9, PairKey::OTHER_PORTS), PairVerdict::Permit),
+            (pair(0, 9, 80), PairVerdict::Ask),
+            (pair(1, 7, 81), PairVerdict::Deny),
+        ];
+        assert_eq!(translated.pairs, expected);
+        assert_eq!(translate(&PairTable::default(), number), DirectTable::default());
+    }
+
+    #[test]
+    fn an_address_that_two_pods_declare_is_nobodys() {
+        let at = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let (a, b) = ([at("10.8.1.4"), at("fd00::4")], [at("10.8.1.5"), at("fd00::4")]);
+        let found = owners([(WorkloadNumber(1), &a[..]), (WorkloadNumber(2), &b[..])].into_iter());
+        assert_eq!(found, [(a[0], WorkloadNumber(1)), (b[0], WorkloadNumber(2))].into());
+    }
 }

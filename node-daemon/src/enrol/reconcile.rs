@@ -290,7 +290,11 @@ impl Reconciler {
 
     fn pod(&self, entry: &Entry) -> Option<Pod> {
         let place = self.places.get(&entry.cookie)?;
-        Some(Pod { number: entry.number, namespace: Arc::clone(&place.namespace) })
+        Some(Pod {
+            number: entry.number,
+            addresses: entry.workload.addresses.clone(),
+            namespace: Arc::clone(&place.namespace),
+        })
     }
 
     /// False once a successor took over: then nothing is written any more, and the host's listeners are left to the data path's

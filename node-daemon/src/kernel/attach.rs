@@ -11,9 +11,9 @@ use std::{
 use aya::{
     Ebpf,
     programs::{
-        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, Program, ProgramError, SkLookup,
-        SockOps,
-        links::{FdLink, LinkError},
+        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, LinkOrder, Program, ProgramError,
+        SchedClassifier, SkLookup, SockOps, TcAttach, TcAttachType,
+        links::{FdLink, LinkError, PinnedLink},
     },
 };
 use ebpf_abi::names;
@@ -63,6 +63,35 @@ pub(super) fn to_namespace(
     let link = attach(instance, names::PROGRAM_STEER, Hook::Namespace(netns))
         .during(|| "attaching `steer` to the network namespace".to_owned())?;
     pin_over(link, &pin)
+}
+
+/// Attaches `shortcut` to the host side of a pod's veth and pins its link in `folder`. Only where nobody else's program is: it
+/// would not see what the shortcut takes.
+pub(super) fn to_interface(
+    instance: &mut Ebpf,
+    interface: u32,
+    folder: &Path,
+) -> Result<(), KernelError> {
+    let name = names::PROGRAM_SHORTCUT;
+    let pin = folder.join(name);
+    let ours = PinnedLink::from_pin(&pin).ok().map(FdLink::from);
+    let ours = ours.and_then(|link| link.info().ok()).map(|info| info.program_id());
+    let (_, present) = SchedClassifier::query_tcx(interface, TcAttachType::Ingress)
+        .during(|| format!("asking for the programs of interface {interface} (tcx, Linux 6.6)"))?;
+    let others = present.iter().filter(|program| Some(program.id()) != ours).count();
+    if others > 0 {
+        return Err(KernelError::Occupied { interface, others });
+    }
+    if replace(instance, name, &pin)? {
+        return Ok(());
+    }
+    let attaching = || format!("attaching `{name}` to interface {interface}");
+    let program = instance.program_mut(name).ok_or(KernelError::NoObject)?;
+    let program: &mut SchedClassifier = program.try_into().during(attaching)?;
+    let hook = TcAttach::Tcx { attach_type: TcAttachType::Ingress, order: LinkOrder::first() };
+    let id = program.attach(interface, hook).during(attaching)?;
+    let link = program.take_link(id).during(attaching)?;
+    pin_over(link.try_into().during(attaching)?, &pin)
 }
 
 /// Replaces the program of a pinned link; false where there is none, or what it was attached to is gone.

@@ -141,10 +141,13 @@ impl Kernel {
         leaving: Option<WorkloadNumber>,
     ) -> Result<(), KernelError> {
         let staying = self.workloads.iter().filter(|(number, _)| Some(**number) != leaving);
-        let owners =
+        let mut owners =
             direct::owners(staying.map(|(number, workload)| {
                 (*number, workload.cookie, workload.cgroup == 0, &workload.addresses)
             }));
+        if let Some(declared) = &self.declared {
+            owners.retain(|address, owner| declared.get(address) == Some(owner));
+        }
         self.pairs.set_local_addresses(&owners)
     }
 

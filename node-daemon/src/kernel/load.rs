@@ -7,7 +7,7 @@ use std::{fs, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{CgroupSkb, CgroupSockAddr, ProgramError, SkLookup, SockOps},
+    programs::{CgroupSkb, CgroupSockAddr, ProgramError, SchedClassifier, SkLookup, SockOps},
 };
 use ebpf_abi::{WorkloadNumber, names};
 use sha2::{Digest as _, Sha256};
@@ -100,6 +100,8 @@ pub(super) fn load(instance: &mut Ebpf, name: &'static str) -> Result<(), Kernel
     let program = instance.program_mut(name).ok_or(KernelError::NoObject)?;
     let loaded = if name == names::PROGRAM_STEER {
         <&mut SkLookup>::try_from(program).and_then(SkLookup::load)
+    } else if name == names::PROGRAM_SHORTCUT {
+        <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load)
     } else if name == names::PROGRAM_SOCKET_EVENTS {
         <&mut SockOps>::try_from(program).and_then(SockOps::load)
     } else if name == names::PROGRAM_GUARD_EGRESS || name == names::PROGRAM_GUARD_INGRESS {
@@ -122,6 +124,7 @@ fn feature(program: &str) -> &'static str {
             "cgroup connect hooks with bpf_set_retval (Linux 5.18), socket storage and bpf_setsockopt"
         }
         names::PROGRAM_SOCKET_EVENTS => "sock_ops with socket storage and bpf_get_netns_cookie (Linux 5.15)",
+        names::PROGRAM_SHORTCUT => "tc with bpf_redirect_peer (Linux 5.10)",
         names::PROGRAM_GUARD_EGRESS | names::PROGRAM_GUARD_INGRESS => {
             "cgroup_skb with socket storage (Linux 5.2)"
         }

@@ -16,10 +16,14 @@
 //! kernel.inbound_ports(WorkloadNumber, &[u16])                         // host workloads
 //! kernel.uncapture(WorkloadNumber)                                     // (caller: remove rules, routes) then
 //! kernel.release(WorkloadNumber)                                       // also for remembered numbers; implies uncapture
+//! kernel.declared(BTreeMap<IpAddr, WorkloadNumber>)                      // before set_pairs: which addresses documents give to which pod
 //! kernel.set_pairs(&DirectTable) -> Result<Generation, _>              // which pairs the kernel lets by; the first one puts this
 //!     // daemon in its predecessor's place, an empty one makes nothing direct; then, at once:
 //! kernel.direct() -> Direct        Direct::connections() -> Result<Vec<(Tuple, DirectValue)>, _>  // to be judged again (T-14)
 //!     Direct::events() -> Result<DirectEvents, _>   DirectEvents::take() -> Result<Vec<DirectEvent>, _>   Direct::forget(&Tuple)
+//! kernel.shortcut(WorkloadNumber, interface)                           // pods: packets of direct connections skip the host's stack
+//! kernel.no_shortcut(WorkloadNumber)                                   // release() does it, too
+//! kernel.shortcuts() -> Shortcuts  Shortcuts::of(&DirectEvent) -> Option<Closed>   Shortcuts::remove(&Closed)   // 60 s after the end
 //! kernel.exempt() -> Exempt        Exempt::mark(&self, BorrowedFd)     // before connect(), on each of the daemon's sockets
 //! kernel.origins() -> Origins      Origins::take(client, target) -> Option<WorkloadNumber>   // host listeners: who dialled?
 //!     // a host workload that dials itself, at loopback or another address of the host, is left alone and never asked for
@@ -50,6 +54,8 @@ mod origins;
 
 mod direct;
 
+mod shortcut;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -66,6 +72,7 @@ use ebpf_abi::{
 pub use direct::{Direct, DirectEvents, DirectTable};
 pub use error::{KernelError, Report};
 pub use origins::{Announced, Deliveries, Exempt, Origins};
+pub use shortcut::{Closed, Shortcuts};
 
 use crate::sys::cgroup::cgroup_id;
 use direct::Pairs;
@@ -73,6 +80,7 @@ use enrolment::{Workload, check_listeners};
 use load::Purpose;
 use maps::{Shared, Steering, check_addresses};
 use pins::Pins;
+use shortcut::ShortcutProgram;
 
 /// The oldest kernel that has everything: bpf_set_retval came last.
 pub const KERNEL_FLOOR: &str = "5.18";
@@ -167,7 +175,11 @@ pub struct Kernel {
     origins: Origins,
     deliveries: Deliveries,
     pairs: Pairs,
+    /// Of pods, as documents have them; `None`: nobody said.
+    declared: Option<BTreeMap<IpAddr, WorkloadNumber>>,
     direct: Direct,
+    shortcuts: Shortcuts,
+    shortcut_program: ShortcutProgram,
     epoch: u64,
     workloads: BTreeMap<WorkloadNumber, Workload>,
 }
@@ -214,7 +226,10 @@ impl Kernel {
             origins: Origins::open(&pins.maps())?,
             deliveries: Deliveries::open(&pins.maps())?,
             pairs: Pairs::open(&pins.maps(), config.sizes.pairs)?,
+            declared: None,
             direct: Direct::open(&pins.maps(), epoch)?,
+            shortcuts: Shortcuts::open(&pins.maps())?,
+            shortcut_program: None,
             pins,
             shared,
             epoch,
@@ -369,6 +384,7 @@ impl Kernel {
     pub fn release(&mut self, number: WorkloadNumber) -> Result<(), KernelError> {
         self.check_owner()?;
         self.write_local_addresses(Some(number))?;
+        self.no_shortcut(number)?;
         self.uncapture(number)?;
         self.shared.set_own_addresses(number, &BTreeSet::new())?;
         let Some(workload) = self.workloads.remove(&number) else {
@@ -382,6 +398,17 @@ impl Kernel {
             return self.write_host();
         }
         pins::remove(&self.pins.host(), &mut Report::default())
+    }
+
+    /// From here on only these addresses lead to a pod directly, each to its own, as far as its namespace holds it. A pod may give
+    /// itself another one's address: without this connects to that one would leave by themselves, towards wherever it is.
+    pub fn declared(&mut self, declared: BTreeMap<IpAddr, WorkloadNumber>) -> Result<(), KernelError> {
+        self.check_owner()?;
+        if self.declared.as_ref() == Some(&declared) {
+            return Ok(());
+        }
+        self.declared = Some(declared);
+        self.write_local_addresses(None)
     }
 
     /// Puts a pair table in force, completely and at once. When this returns no program uses an older one any more: what that one

@@ -161,7 +161,9 @@ pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>, KernelError> {
 fn is_link(path: &Path) -> bool {
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return false };
     let name = name.strip_suffix(NEW_SUFFIX).unwrap_or(name);
-    name == names::PROGRAM_STEER || names::CGROUP_PROGRAMS.contains(&name)
+    name == names::PROGRAM_STEER
+        || name == names::PROGRAM_SHORTCUT
+        || names::CGROUP_PROGRAMS.contains(&name)
 }
 
 /// Order of removal: workloads before what they share; connect hooks, events, guards, steering, maps.
@@ -175,6 +177,7 @@ fn rank(path: &Path) -> usize {
         ("host", _) => 2,
         ("maps", _) => 3,
         (_, Some(position)) => 10 + names::CGROUP_PROGRAMS.len() - position,
+        (names::PROGRAM_SHORTCUT, None) => 9,
         (names::PROGRAM_STEER, None) => 20,
         _ => 30,
     }

@@ -82,11 +82,7 @@ impl Reconciler {
         }
     }
 
-    async fn enter_pod(
-        &mut self,
-        workload: &Arc<Workload>,
-        path: &Path,
-    ) -> Result<Entry, Refusal> {
+    async fn enter_pod(&mut self, workload: &Arc<Workload>, path: &Path) -> Result<Entry, Refusal> {
         let namespace = Namespace::open(path)?;
         let cookie = namespace.cookie();
         if cookie == self.host.cookie() {
