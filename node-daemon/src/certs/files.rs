@@ -179,20 +179,26 @@ impl ClientFiles {
         let wanted: BTreeSet<&NamedFiles> = named.iter().map(|(.., named)| named).collect();
         self.lock().retain(|known, _| wanted.contains(known));
         for (rule, part, named) in &named {
-            let before = self.lock().get(named).and_then(|known| known.fault.clone());
+            let before = self.lock().get(named).cloned();
             let known = self.look_at(named);
-            if let Some(fault) = known.fault.filter(|fault| before.as_ref() != Some(fault)) {
-                let effect = if known.used.is_some() {
-                    "the version before stays in use"
-                } else {
-                    "its host is denied"
-                };
-                self.events.emit(&Event::DocumentRefused {
-                    file: fault.value.clone(),
-                    object: format!("DestinationRule {rule}"),
-                    field: field_path(part, &fault),
-                    problem: format!("{fault}; {effect}"),
-                });
+            let (used, fault) = before.map_or((None, None), |before| (before.used, before.fault));
+            match known {
+                Known { fault: Some(fault_now), used, .. } if fault.as_ref() != Some(&fault_now) => {
+                    let effect =
+                        if used.is_some() { "the version before stays in use" } else { "its host is denied" };
+                    self.events.emit(&Event::DocumentRefused {
+                        file: fault_now.value.clone(),
+                        object: format!("DestinationRule {rule}"),
+                        field: field_path(part, &fault_now),
+                        problem: format!("{fault_now}; {effect}"),
+                    });
+                }
+                Known { fault: None, used: Some(newer), .. }
+                    if used.as_ref().is_none_or(|used| !Arc::ptr_eq(used, &newer)) =>
+                {
+                    self.events.emit(&Event::RuleFilesRead { rule: format!("DestinationRule {rule}") });
+                }
+                Known { .. } => {}
             }
         }
     }

@@ -154,9 +154,7 @@ impl View<'_> {
                     }
                 }
             }
-            Body::DestinationRule(rule) => {
-                client_status::effect(name, rule, &self.book.mesh.root_namespace)
-            }
+            Body::DestinationRule(rule) => client_status::effect(name, rule, &self.book.mesh.root_namespace),
         };
         let noted = self.notes.effects.get(&good.label).into_iter().flatten();
         noted.fold(own, |effect, sentence| format!("{effect}; {sentence}"))

@@ -358,7 +358,12 @@ fn a_refused_object_says_what_is_denied_in_its_place() {
             "denies and grants nothing",
         ),
         ("ServiceRole photo/r: {}", "ServiceRole photo/r", "expected at least one rule", "grants nothing"),
-        ("DestinationRule photo/d: {}", "DestinationRule photo/d", "spec.host", "does not say for which host"),
+        (
+            "DestinationRule photo/d: {}",
+            "DestinationRule photo/d",
+            "spec.host",
+            "does not say for which host",
+        ),
         (
             "DestinationRule photo/d: {host: a, trafficPolicy: {tls: {mode: OFF}}}",
             "DestinationRule photo/d",
