@@ -34,7 +34,10 @@ pub(crate) struct Wanted {
     /// Congestion control of every socket [default: reno, which every kernel allows in namespaces]
     #[arg(long)]
     congestion: Option<String>,
-    /// Worker threads of each daemon and each sidecar [default: one for each processor]
+    /// Let all processes run on all processors, instead of giving each node one
+    #[arg(long)]
+    shared_processors: bool,
+    /// Worker threads of each daemon and each sidecar [default: one for each processor of a node]
     #[arg(long)]
     workers: Option<u16>,
 }
@@ -77,9 +80,8 @@ pub(crate) fn bench(wanted: &Wanted) -> anyhow::Result<()> {
     if let Some(congestion) = &wanted.congestion {
         bench.args(["--congestion", congestion]);
     }
-    if wanted.down {
-        bench.arg("--down");
-    }
+    let flags = [("--down", wanted.down), ("--shared-processors", wanted.shared_processors)];
+    bench.args(flags.into_iter().filter(|(_, is_set)| *is_set).map(|(flag, _)| flag));
     let status = bench.status().context("mesh-bench could not be started")?;
     if !status.success() {
         bail!("the benchmark ended with {status}");

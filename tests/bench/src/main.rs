@@ -40,7 +40,10 @@ struct Run {
     /// Congestion control of every socket
     #[arg(long, default_value = stage::CONGESTION_CONTROL)]
     congestion: String,
-    /// Worker threads of each daemon and each sidecar; default: one for each processor
+    /// Let all processes run on all processors, instead of giving each node one
+    #[arg(long)]
+    shared_processors: bool,
+    /// Worker threads of each daemon and each sidecar; default: one for each processor of a node
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
     workers: Option<u16>,
     /// The Envoy to compare with
@@ -67,17 +70,22 @@ fn main() -> ExitCode {
 }
 
 fn measure(wanted: Run) -> Result<()> {
+    let selection = Selection::parse(&wanted.only)?;
     stage::prepare_folder(&wanted.out)?;
+    let processors =
+        if wanted.shared_processors { stage::Processors::Shared } else { stage::Processors::OnePerNode };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = if wanted.shared_processors { cores } else { 1 };
     let report = run::run(&run::Wanted {
-        selection: Selection::parse(&wanted.only)?,
+        selection,
         repeat: wanted.repeat,
         seconds: wanted.seconds,
         down: wanted.down,
         stage: stage::Settings {
             congestion_control: wanted.congestion,
             envoy: wanted.envoy,
-            workers: wanted.workers.map_or(cores, usize::from),
+            processors,
+            workers: wanted.workers.map_or(workers, usize::from),
         },
     })?;
     ensure!(!report.rows.is_empty(), "nothing could be measured: {:?}", report.absent);

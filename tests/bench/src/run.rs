@@ -83,6 +83,11 @@ fn conditions(wanted: &Wanted) -> Conditions {
         congestion_control: wanted.stage.congestion_control.clone(),
         stream_direction: if wanted.down { "server to client" } else { "client to server" }.to_owned(),
         proxy_workers: wanted.stage.workers,
+        processors: match wanted.stage.processors {
+            stage::Processors::OnePerNode => "each node has one processor, for its pods and its proxies",
+            stage::Processors::Shared => "all nodes share all processors",
+        }
+        .to_owned(),
         seconds: wanted.seconds,
         repeat: wanted.repeat,
     }
@@ -172,7 +177,7 @@ fn grown(lane: &mut Lane, measures: &[Measure]) -> Result<Vec<(Measure, f64)>> {
         let more = lane.resident_bytes()?.saturating_sub(before);
         grown.push((*measure, more as f64 / f64::from(connections)));
     }
-    lane.order(&Order::Release)?;
+    lane.restart_load()?;
     Ok(grown)
 }
 

@@ -14,6 +14,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 use serde_json::Value;
 use world::{
     World,
@@ -86,8 +90,39 @@ pub struct Settings {
     pub congestion_control: String,
     /// Where Envoy is; `None` leaves its ways out.
     pub envoy: Option<PathBuf>,
+    /// Which processors a node has.
+    pub processors: Processors,
     /// Threads of each proxy.
     pub workers: usize,
+}
+
+/// Where the processes of a node may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processors {
+    /// Each node has one processor, for its pods and its proxies: what is compared is work, and the scheduler's choice of who
+    /// shares a processor with whom, which triples a round trip or not, is no part of it.
+    OnePerNode,
+    /// All have all, as the scheduler likes.
+    Shared,
+}
+
+impl Processors {
+    /// Runs something whose processes shall be a node's.
+    fn of<T>(self, node: &Node, spawn: impl FnOnce() -> T) -> Result<T> {
+        if self == Self::Shared {
+            return Ok(spawn());
+        }
+        let me = Pid::from_raw(0);
+        let before = sched_getaffinity(me)?;
+        let mine: Vec<usize> =
+            (0..CpuSet::count()).filter(|cpu| before.is_set(*cpu).unwrap_or(false)).collect();
+        let mut only = CpuSet::new();
+        only.set(mine[usize::from(node.number() - 1) % mine.len()])?;
+        sched_setaffinity(me, &only)?;
+        let spawned = spawn();
+        sched_setaffinity(me, &before)?;
+        Ok(spawned)
+    }
 }
 
 /// A client and a server, and what is between them.
@@ -99,6 +134,7 @@ pub struct Lane {
     server: Generator,
     pods: [Arc<Pod>; 2],
     proxies: Proxies,
+    processors: Processors,
 }
 
 #[derive(Debug)]
@@ -169,8 +205,7 @@ impl Stage {
                 (plan::Path::Envoy, Some(program)) => {
                     let folder = world.folder().join(format!("envoy-{}", way.topology.label()));
                     let mut sidecars = envoy::pair(program, &folder, client, server, settings.workers)?;
-                    sidecars[1].start(server)?;
-                    sidecars[0].start(client)?;
+                    start(&mut sidecars, &pods, settings.processors)?;
                     Proxies::Sidecars(Box::new(sidecars))
                 }
                 (plan::Path::Envoy, None) => {
@@ -179,7 +214,7 @@ impl Stage {
                 }
                 _ => Proxies::None,
             };
-            self.lanes.push(Lane::new(**way, pods, proxies)?);
+            self.lanes.push(Lane::new(**way, pods, proxies, settings.processors)?);
         }
         self._worlds.push(world);
         Ok(())
@@ -213,7 +248,7 @@ impl Stage {
                 set.more = format!("{more}workers: {}\n", settings.workers);
             });
             world.give_token(&daemon.node);
-            daemon.node.launch();
+            settings.processors.of(&daemon.node, || daemon.node.launch())?;
         }
         for daemon in &daemons {
             started = started.and_then(|()| daemon.wait_ready());
@@ -227,7 +262,7 @@ impl Stage {
                 self.leave_out(&[&way], &format!("{error:#}"));
                 continue;
             }
-            let mut lane = Lane::new(way, pods, Proxies::Daemons(used))?;
+            let mut lane = Lane::new(way, pods, Proxies::Daemons(used), settings.processors)?;
             match lane.takes_its_way() {
                 Ok(()) => self.lanes.push(lane),
                 Err(error) => self.leave_out(&[&way], &format!("{error:#}")),
@@ -338,11 +373,11 @@ impl Daemon {
 }
 
 impl Lane {
-    fn new(way: Way, pods: [Arc<Pod>; 2], proxies: Proxies) -> Result<Self> {
-        let client = Generator::start("load", &pods[0])?;
-        let mut server = Generator::start("serve", &pods[1])?;
+    fn new(way: Way, pods: [Arc<Pod>; 2], proxies: Proxies, processors: Processors) -> Result<Self> {
+        let client = Generator::start("load", &pods[0], processors)?;
+        let mut server = Generator::start("serve", &pods[1], processors)?;
         server.wait_listening()?;
-        Ok(Self { way, client, server, pods, proxies })
+        Ok(Self { way, client, server, pods, proxies, processors })
     }
 
     /// Where the client finds a service.
@@ -394,30 +429,39 @@ impl Lane {
         }
     }
 
+    /// Starts the load anew: connections that it held are closed at both ends.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn restart_load(&mut self) -> Result<()> {
+        // The old ones end before their ports are taken again.
+        for (generator, role, pod) in
+            [(&mut self.client, "load", &self.pods[0]), (&mut self.server, "serve", &self.pods[1])]
+        {
+            generator.end();
+            *generator = Generator::start(role, pod, self.processors)?;
+        }
+        self.server.wait_listening()
+    }
+
     /// Starts the load and the proxies of this way anew: what they kept from before is gone.
     ///
     /// # Errors
     /// If one does not come up.
     pub fn restart(&mut self) -> Result<()> {
-        self.client = Generator::start("load", &self.pods[0])?;
-        self.server = Generator::start("serve", &self.pods[1])?;
-        self.server.wait_listening()?;
+        self.restart_load()?;
         match &mut self.proxies {
             Proxies::None => {}
             Proxies::Daemons(daemons) => {
                 for daemon in daemons.iter() {
                     daemon.node.terminate();
-                    daemon.node.launch();
+                    self.processors.of(&daemon.node, || daemon.node.launch())?;
                 }
                 for daemon in daemons {
                     daemon.wait_ready()?;
                 }
             }
-            Proxies::Sidecars(sidecars) => {
-                for (sidecar, pod) in sidecars.iter_mut().zip(&self.pods).rev() {
-                    sidecar.start(pod)?;
-                }
-            }
+            Proxies::Sidecars(sidecars) => start(sidecars, &self.pods, self.processors)?,
         }
         Ok(())
     }
@@ -432,12 +476,12 @@ impl Lane {
             plan::Path::Between | plan::Path::Plain | plan::Path::Envoy => "tunnel",
         };
         let position = fs::metadata(&daemon.lines).map_or(0, |file| file.len());
-        let target = self.target(port::HOLD);
+        let target = self.target(port::CONNECT);
         self.order(&Order::Hold { target, connections: 1 })?;
         self.order(&Order::Release)?;
         let deadline = Instant::now() + LINE_TIME_MAX;
         let lines = loop {
-            let lines = daemon.access_lines(position, port::HOLD)?;
+            let lines = daemon.access_lines(position, port::CONNECT)?;
             if !lines.is_empty() || Instant::now() > deadline {
                 break lines;
             }
@@ -451,6 +495,14 @@ impl Lane {
         }
         Ok(())
     }
+}
+
+/// Starts a pair of sidecars, the server's first.
+fn start(sidecars: &mut [Sidecar; 2], pods: &[Arc<Pod>; 2], processors: Processors) -> Result<()> {
+    for (sidecar, pod) in sidecars.iter_mut().zip(pods).rev() {
+        processors.of(pod.node(), || sidecar.start(pod))??;
+    }
+    Ok(())
 }
 
 fn resident(pid: &str) -> Result<u64> {
@@ -469,15 +521,11 @@ struct Generator {
 }
 
 impl Generator {
-    fn start(role: &str, pod: &Pod) -> Result<Self> {
-        let mut child = pod
-            .namespace()
-            .command(pod.cgroup(), &world::binary("mesh-bench"))
-            .arg(role)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("mesh-bench {role}"))?;
+    fn start(role: &str, pod: &Pod, processors: Processors) -> Result<Self> {
+        let mut command = pod.namespace().command(pod.cgroup(), &world::binary("mesh-bench"));
+        command.arg(role).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child =
+            processors.of(pod.node(), || command.spawn())?.with_context(|| format!("mesh-bench {role}"))?;
         let orders = child.stdin.take().context("a pipe")?;
         let answers = BufReader::new(child.stdout.take().context("a pipe")?);
         Ok(Self { child, orders, answers })
@@ -504,10 +552,16 @@ impl Generator {
     }
 }
 
-impl Drop for Generator {
-    fn drop(&mut self) {
+impl Generator {
+    fn end(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+impl Drop for Generator {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -62,5 +62,6 @@ fn unknown_words_are_refused_before_anything_is_made() {
         .args(["run", "--only", "sidecar", "--out", "/dev/null/nowhere"])
         .output()
         .expect("the benchmark can be started");
-    assert!(!done.status.success());
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(!done.status.success() && said.contains("--only sidecar: expected one of"), "{said}");
 }

@@ -36,13 +36,14 @@ impl Report {
         let _ = writeln!(
             page,
             "{cpu}, {cores} cores, {memory} GiB, Linux {kernel}; congestion control `{congestion}` on every socket; \
-             {workers} worker threads in each proxy; bulk data {direction}; {repeat} interleaved rounds of \
+             {processors}; {workers} worker thread(s) in each proxy; bulk data {direction}; {repeat} interleaved rounds of \
              {seconds} s; release build.",
             cpu = machine.cpu,
             cores = machine.cores,
             memory = machine.memory_bytes >> 30,
             kernel = machine.kernel,
             congestion = conditions.congestion_control,
+            processors = conditions.processors,
             workers = conditions.proxy_workers,
             direction = conditions.stream_direction,
             repeat = conditions.repeat,

@@ -39,6 +39,8 @@ pub struct Conditions {
     pub stream_direction: String,
     /// Threads of each proxy.
     pub proxy_workers: usize,
+    /// Who runs on which.
+    pub processors: String,
     /// Of each run.
     pub seconds: u64,
     /// Rounds.
@@ -202,6 +204,7 @@ mod tests {
             congestion_control: "reno".to_owned(),
             stream_direction: "client to server".to_owned(),
             proxy_workers: 2,
+            processors: "all".to_owned(),
             seconds: 1,
             repeat: 3,
         };
