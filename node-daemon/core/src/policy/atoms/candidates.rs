@@ -262,10 +262,13 @@ impl<'r> Candidates<'r> {
         let mut good = Vec::new();
         for rule in &self.issuers {
             let issuer = (claim_path("iss"), ClaimPoint::Text(rule.issuer.to_string()));
-            // Most tokens have a subject; one without is among the values of that attribute.
+            // Most tokens have a subject and are for somebody; others are among the values of those attributes.
             let subject = (claim_path("sub"), ClaimPoint::Text("q".to_owned()));
+            let audience = rule.audiences.first();
+            let audience =
+                audience.map(|audience| (claim_path("aud"), ClaimPoint::Text(audience.to_string())));
             for place in TokenPlace::all_of(rule) {
-                let claims = BTreeMap::from([issuer.clone(), subject.clone()]);
+                let claims = [issuer.clone(), subject.clone()].into_iter().chain(audience.clone()).collect();
                 good.push(Atom::Token(TokenPoint::Good { place: place.clone(), claims }));
                 if !places.contains(&place) {
                     places.push(place);

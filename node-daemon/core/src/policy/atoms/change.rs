@@ -89,10 +89,12 @@ impl Compiled {
                 if needed.is_empty() {
                     needed = hidden;
                 }
-                if needed.contains(&&Attribute::Token) {
-                    needed.retain(|attribute| !attribute.is_of_token());
-                }
-                Told::Needs(needed.into_iter().map(Attribute::name).collect())
+                let shown = |attribute: &Attribute| {
+                    if attribute.is_of_token() { Attribute::Token.name() } else { attribute.name() }
+                };
+                let mut names: Vec<String> = needed.into_iter().map(shown).collect();
+                names.dedup();
+                Told::Needs(names)
             }
         }
     }

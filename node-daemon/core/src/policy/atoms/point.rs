@@ -201,6 +201,15 @@ impl Point {
         }
     }
 
+    /// Whether a token stands behind `Bearer ` in another header than the one that is made for it.
+    pub(crate) fn has_scheme_in_header_of_its_own(&self) -> bool {
+        let place = match self.request.as_ref().map(|request| &request.token) {
+            Some(TokenPoint::Good { place, .. } | TokenPoint::Bad(place)) => place,
+            Some(TokenPoint::AsSent | TokenPoint::Absent) | None => return false,
+        };
+        matches!(place, TokenPlace::Header { name, before } if **before == *BEARER && **name != *AUTHORIZATION)
+    }
+
     pub(crate) fn facts(&self) -> ConnectionFacts {
         let presented = match (&self.peer, &self.server_name) {
             (None, _) => Presented::Plaintext,
@@ -411,6 +420,9 @@ impl Signatures for Believing<'_> {
     }
 }
 
+/// The header that tokens behind `Bearer ` are made for.
+const AUTHORIZATION: &str = "authorization";
+
 /// No key at all.
 pub(crate) struct NoKeys;
 
@@ -468,15 +480,9 @@ impl Compiled {
             }
             (Ok(Admission::Requests), None) => Decision { needs_request: true, ..decision(None, None, None) },
             (Ok(Admission::Requests), Some(request)) => {
-                let rules = self.token_rules(&point.destination, point.port);
-                let (headers, path) = request.sent(&rules.map(places).unwrap_or_default());
-                let lines: Vec<(&str, &str)> =
-                    headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+                let (headers, path, tokens) = self.tokens(point, request, now, signatures);
+                let lines = pairs(&headers);
                 let lines = lines.as_slice();
-                let verify = |rules: &TokenRules| {
-                    rules.verify(rules.locate(path.as_deref(), &lines), now, &Believing(signatures))
-                };
-                let tokens = rules.map_or_else(Tokens::none, verify);
                 let asked = RequestFacts {
                     method: &request.method,
                     path: path.as_deref(),
@@ -496,6 +502,36 @@ impl Compiled {
             }
         }
     }
+}
+
+impl Compiled {
+    /// What is sent, and what the port's rules find of tokens in it.
+    fn tokens(
+        &self,
+        point: &Point,
+        request: &RequestPoint,
+        now: u64,
+        signatures: &dyn Signatures,
+    ) -> (Vec<(String, String)>, Option<String>, Tokens) {
+        let rules = self.token_rules(&point.destination, point.port);
+        let (headers, path) = request.sent(&rules.map(places).unwrap_or_default());
+        let verify = |rules: &TokenRules| {
+            let candidates = rules.locate(path.as_deref(), &pairs(&headers).as_slice());
+            rules.verify(candidates, now, &Believing(signatures))
+        };
+        let tokens = rules.map_or_else(Tokens::none, verify);
+        (headers, path, tokens)
+    }
+
+    /// Whether a token that was made here is valid for some issuer of the port.
+    pub(crate) fn accepts_token(&self, point: &Point) -> bool {
+        let tokens = point.request.as_ref().map(|request| self.tokens(point, request, 0, &NoKeys).2);
+        tokens.is_some_and(|tokens| tokens.has_valid())
+    }
+}
+
+fn pairs(headers: &[(String, String)]) -> Vec<(&str, &str)> {
+    headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect()
 }
 
 /// Wherever these rules look for tokens.

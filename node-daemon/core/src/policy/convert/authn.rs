@@ -389,16 +389,24 @@ fn denials(policy: &Policy, ports: &BTreeSet<u16>) -> Vec<Value> {
         let mut no_preflight = operation.clone();
         no_preflight["notMethods"] = json!(["OPTIONS"]);
         rules.push(json!({"to": [{"operation": no_preflight}], "when": [no_token]}));
-        for header in ["origin", "access-control-request-method"] {
-            let absent = json!({"key": format!("request.headers[{header}]"), "notValues": ["*"]});
+        for header in PREFLIGHT_HEADERS {
+            let absent = is_absent(header);
             rules.push(json!({"to": [{"operation": operation}], "when": [no_token, absent]}));
         }
     }
     rules
 }
 
+/// The headers that make a request with OPTIONS a CORS preflight, if none of them is empty (policy ).
+pub(super) const PREFLIGHT_HEADERS: [&str; 2] = ["origin", "access-control-request-method"];
+
+/// The header is not there, or empty.
+pub(super) fn is_absent(header: &str) -> Value {
+    json!({"key": format!("request.headers[{header}]"), "notValues": ["*"]})
+}
+
 /// Included and excluded paths in the words of the current API.
-fn paths(trigger: &Trigger) -> Result<(Vec<String>, Vec<String>), String> {
+pub(super) fn paths(trigger: &Trigger) -> Result<(Vec<String>, Vec<String>), String> {
     let list = |matches: &[StringMatch]| matches.iter().map(path).collect::<Result<Vec<_>, _>>();
     Ok((list(&trigger.included)?, list(&trigger.excluded)?))
 }

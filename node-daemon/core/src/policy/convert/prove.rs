@@ -14,7 +14,7 @@ use spiffe_id::SpiffeId;
 use super::super::{
     atoms::{Attribute, Decision, NoKeys, Point, RequestPoint, Space, TokenPoint, Unfinished},
     compile::{Compiled, Inventory, compile},
-    objects::PolicyObjects,
+    objects::{Body, PolicyObjects},
     rules::{Authorisation, Condition, PortRules, Values},
 };
 use crate::workload::{ObjectName, Placement, Protocol, Workload};
@@ -36,8 +36,8 @@ pub struct Proof {
     pub points: usize,
     /// So many ports of workloads, kinds of workloads counted once.
     pub places: usize,
-    /// Requests with a token that is not valid are refused, and were let in: the current API never lets them in (policy
-    /// F-2). An example, if there is one.
+    /// A request with a token that was not valid before either, or that stands behind `Bearer ` in a header of its own, is
+    /// refused, and was let in: the current API never lets it in (policy F-2, G-19).
     pub bad_token: Option<CounterExample>,
     /// Both refuse, and a client is told something else.
     pub answer: Option<CounterExample>,
@@ -61,6 +61,17 @@ pub struct CounterExample {
     pub attributes: Vec<(String, String)>,
     pub before: Decision,
     pub after: Decision,
+}
+
+impl CounterExample {
+    /// Whether the same rules of the same port disagree.
+    fn is_like(&self, other: &Self) -> bool {
+        let deciding =
+            |decision: &Decision| (decision.policy.clone(), decision.rule.clone(), decision.reason);
+        (&self.destination, self.port) == (&other.destination, other.port)
+            && deciding(&self.before) == deciding(&other.before)
+            && deciding(&self.after) == deciding(&other.after)
+    }
 }
 
 impl fmt::Display for CounterExample {
@@ -197,13 +208,25 @@ impl Prover<'_> {
                     self.proof.answer = Some(example(before, after));
                 }
             }
-            (true, false) if after.has_bad_token => {
+            (true, false) if after.has_bad_token && self.is_bad_token(point) => {
                 if self.proof.bad_token.is_none() {
                     self.proof.bad_token = Some(example(before, after));
                 }
             }
-            (true, false) | (false, true) => self.examples.push(example(before, after)),
+            (true, false) | (false, true) => {
+                let example = example(before, after);
+                if !self.examples.iter().any(|known| known.is_like(&example)) {
+                    self.examples.push(example);
+                }
+            }
         }
+    }
+}
+
+impl Prover<'_> {
+    /// Whether the token of a request is one that nobody has to let in.
+    fn is_bad_token(&self, point: &Point) -> bool {
+        !self.before.accepts_token(point) || point.has_scheme_in_header_of_its_own()
     }
 }
 
@@ -260,11 +283,10 @@ fn conditions(rules: &PortRules) -> Vec<&Condition> {
 }
 
 fn asked_ports(rules: &PortRules) -> Vec<u16> {
-    let each = conditions(rules).into_iter().filter_map(|condition| match condition.values() {
-        Values::DestinationPorts(ports) => Some(ports.clone()),
-        _ => None,
+    let each = conditions(rules).into_iter().map(|condition| {
+        if let Values::DestinationPorts(ports) = condition.values() { ports.as_slice() } else { &[] }
     });
-    each.flatten().collect()
+    each.flatten().copied().collect()
 }
 
 fn asks_destination_addresses(rules: &PortRules) -> bool {
@@ -281,6 +303,7 @@ fn destinations(
     let mut all: BTreeMap<ObjectName, Arc<Workload>> = BTreeMap::new();
     let mut kinds = BTreeSet::new();
     let objects = || old.entries().chain(new.entries());
+    let asks_addresses = asks_any_address(old, new);
     for workload in inventory.workloads.values().filter(|workload| workload.enrolled) {
         let ports: Vec<_> =
             workload.ports.iter().map(|port| (port.name.clone(), port.port, port.protocol)).collect();
@@ -292,8 +315,7 @@ fn destinations(
             ports,
             workload.addresses.len(),
         );
-        let has_addresses = objects().next().is_some() && asks_any_address(old, new);
-        if kinds.insert((kind, has_addresses.then(|| workload.addresses.clone()))) {
+        if kinds.insert((kind, asks_addresses.then(|| workload.addresses.clone()))) {
             let here = Workload { node: NODE.to_owned(), ..Workload::clone(workload) };
             all.insert(workload.name.clone(), Arc::new(here));
         }
@@ -325,18 +347,15 @@ fn destinations(
 
 /// Namespaces that a switch lists.
 fn listed(objects: &PolicyObjects) -> impl Iterator<Item = Arc<str>> {
-    use super::super::objects::Body;
-    objects.entries().filter_map(|(_, _, entry)| entry.good.as_ref()).flat_map(|good| match &good.body {
-        Body::RbacConfig(switch) | Body::ClusterRbacConfig(switch) => {
-            switch.listed.namespaces.iter().map(|name| Arc::from(name.as_str())).collect()
-        }
-        _ => Vec::new(),
-    })
+    let switches = objects.entries().filter_map(|(_, _, entry)| match &entry.good.as_ref()?.body {
+        Body::RbacConfig(switch) | Body::ClusterRbacConfig(switch) => Some(switch),
+        _other => None,
+    });
+    switches.flat_map(|switch| switch.listed.namespaces.iter().map(|name| Arc::from(name.as_str())))
 }
 
 /// Whether any object says something of the destination's address.
 fn asks_any_address(old: &PolicyObjects, new: &PolicyObjects) -> bool {
-    use super::super::objects::Body;
     let asks = |conditions: &[Condition]| {
         conditions.iter().any(|condition| matches!(condition.values(), Values::DestinationAddresses(_)))
     };

@@ -14,14 +14,16 @@ use super::{
     super::{
         book::{Book, Chosen, Notes},
         compile::{Inventory, SERVICE_SUFFIX, compile},
+        matching::{Pattern, Text},
         objects::Body,
+        origins::Trigger,
         rbac_v1alpha1::{AccessRule, DestinationAttribute, Mode, ServiceRole, ServiceRoleBinding, Switch},
     },
-    Conversion, Document, Ground, Labels, both,
+    Conversion, Document, Ground, Labels, authn, both,
     express::{Principals, Written, written},
     object, prove, selector,
 };
-use crate::workload::{ObjectName, Protocol, Service};
+use crate::workload::{ObjectName, Protocol, Service, Workload};
 
 /// Marks a policy that is only tried (policy F-3).
 const DRY_RUN: &str = "istio.io/dry-run";
@@ -290,8 +292,8 @@ impl<'a> Rbac<'_, 'a> {
                 }
             };
             for (selection, checks) in selections {
-                let principals = self.principals(&name.namespace, &selection);
-                let operation = match written(&rule.conditions, principals) {
+                let senders = self.senders(&name.namespace, &selection);
+                let operation = match written(&rule.conditions, senders.principals) {
                     Ok(Some(operation)) => operation,
                     Ok(None) => {
                         self.conversion.leave_out(label, &field, "no connection and no request ever met it");
@@ -304,10 +306,10 @@ impl<'a> Rbac<'_, 'a> {
                 };
                 let Some(operation) = within(operation, selection.ports.as_ref()) else { continue };
                 for (_, binding_label, binding) in bound {
-                    let subjects = self.subjects(binding_label, binding, principals);
+                    let subjects = self.subjects(binding_label, binding, senders.principals);
                     let key = (Selection { ports: None, ..selection.clone() }, binding.is_permissive);
                     let entry = policies.entry(key).or_default();
-                    entry.0.extend(rules(&operation, &subjects));
+                    entry.0.extend(rules(&operation, &subjects, &senders.shows));
                     entry.1.extend([label.to_owned(), binding_label.clone()]);
                     entry.2.extend(checks.iter().chain(&operation.checks).cloned());
                     entry.2.extend(subjects.into_iter().flat_map(|subject| subject.checks));
@@ -448,39 +450,126 @@ impl<'a> Rbac<'_, 'a> {
         values
     }
 
-    /// Whose name `request.auth.principal` is on the HTTP ports of a selection.
-    fn principals(&self, namespace: &str, selection: &Selection) -> Principals {
+    /// What is asked of senders on the HTTP ports of a selection.
+    fn senders(&self, namespace: &str, selection: &Selection) -> Senders {
         let ground = &*self.ground;
-        let workloads = ground.workloads;
-        let inventory =
-            Inventory { mesh: ground.mesh, workloads, services: ground.services, node: prove::NODE };
-        let here: BTreeMap<_, _> = workloads
+        let here: BTreeMap<_, _> = ground
+            .workloads
             .iter()
             .filter(|(name, workload)| {
                 &*name.namespace == namespace && super::selects(&selection.labels, workload)
             })
             .map(|(name, workload)| {
-                let here = crate::workload::Workload { node: prove::NODE.to_owned(), ..(**workload).clone() };
+                let here = Workload { node: prove::NODE.to_owned(), ..(**workload).clone() };
                 (name.clone(), Arc::new(here))
             })
             .collect();
-        let compiled = compile(&ground.old, &Inventory { workloads: &here, ..inventory });
-        let mut found = BTreeSet::new();
+        let compiled = compile(
+            &ground.old,
+            &Inventory { mesh: ground.mesh, workloads: &here, services: ground.services, node: prove::NODE },
+        );
+        let (mut binds_origin, mut triggers) = (BTreeSet::new(), Vec::new());
         for workload in here.values() {
             for (port, rules) in compiled.ports(workload).into_iter().flatten() {
                 let is_meant = selection.ports.as_ref().is_none_or(|ports| ports.contains(&port));
                 if is_meant && rules.protocol != Protocol::Tcp {
                     let origins = &rules.authentication.origins;
-                    found.insert(origins.iter().any(|step| step.binds_origin));
+                    binds_origin.insert(origins.iter().any(|step| step.binds_origin));
+                    triggers.extend(
+                        origins.iter().flat_map(|step| &step.methods).map(|method| method.triggers.clone()),
+                    );
                 }
             }
         }
-        match found.into_iter().collect::<Vec<_>>()[..] {
+        triggers.dedup();
+        let principals = match binds_origin.into_iter().collect::<Vec<_>>()[..] {
             [] | [false] => Principals::Peer,
             [true] => Principals::Token,
             _ => Principals::Both,
+        };
+        Senders { principals, shows: shows(&triggers) }
+    }
+}
+
+/// What is known of who sends requests to a selection.
+struct Senders {
+    principals: Principals,
+    /// Where a token's attributes are shown to rules: each an operation, and more conditions. None at all: nowhere.
+    shows: Vec<Shown>,
+}
+
+/// Fields of an operation, and conditions, that must be met beside a rule's own.
+type Shown = (Vec<(&'static str, Vec<String>)>, Vec<Value>);
+
+/// In 2018 a token says nothing where none is asked for: on the paths of no trigger, and in a CORS preflight (policy,
+///
+fn shows(triggers: &[Vec<Trigger>]) -> Vec<Shown> {
+    let [only] = triggers else {
+        // Without origins there are no tokens. Where ports differ the proof shows what that does.
+        return Vec::new();
+    };
+    let mut paths: Vec<Vec<(&'static str, Vec<String>)>> = Vec::new();
+    for trigger in only {
+        // What cannot be written was refused with its policy.
+        let (included, excluded) = authn::paths(trigger).unwrap_or_default();
+        let lists = [("paths", included), ("notPaths", excluded)];
+        paths.push(lists.into_iter().filter(|(_, list)| !list.is_empty()).collect());
+    }
+    if paths.is_empty() {
+        paths.push(Vec::new());
+    }
+    let mut shows = Vec::new();
+    for fields in paths {
+        let no_options = ("notMethods", vec![OPTIONS.to_owned()]);
+        shows.push((fields.iter().cloned().chain([no_options]).collect(), Vec::new()));
+        for header in authn::PREFLIGHT_HEADERS {
+            shows.push((fields.clone(), vec![authn::is_absent(header)]));
         }
     }
+    shows
+}
+
+/// The method of a CORS preflight.
+const OPTIONS: &str = "OPTIONS";
+
+/// Whether conditions want something of a token to be there.
+fn wants_token(written: &Written) -> bool {
+    let is_wanted = |when: &Value| {
+        when["key"].as_str().is_some_and(|key| key.starts_with("request.auth.")) && !when["values"].is_null()
+    };
+    written.when.iter().any(is_wanted) || written.source.iter().any(|(name, _)| *name == "requestPrincipals")
+}
+
+/// A rule's operation where tokens say something: one for each way, or as it is where nothing has to be added.
+fn shown(operation: &Written, shows: &[Shown]) -> Vec<Written> {
+    let may_be_options = operation.operation.iter().all(|(name, list)| {
+        let is_among = || list.iter().any(|text| Pattern::new(text).matches(Some(Text::plain(OPTIONS))));
+        match *name {
+            "methods" => is_among(),
+            "notMethods" => !is_among(),
+            _ => true,
+        }
+    });
+    let mut ways = Vec::new();
+    for (fields, when) in shows {
+        // One way for each list of paths suffices where no preflight can be meant.
+        let is_plain = when.is_empty();
+        if !may_be_options && !is_plain {
+            continue;
+        }
+        let mut way = operation.clone();
+        for (name, list) in fields.iter().filter(|(name, _)| may_be_options || *name != "notMethods") {
+            match way.operation.iter_mut().find(|(taken, _)| taken == name) {
+                Some((_, written)) if name.starts_with("not") => written.extend(list.iter().cloned()),
+                // Two lists of which each must be met: the proof shows what is missing.
+                Some(_) => {}
+                None => way.operation.push((name, list.clone())),
+            }
+        }
+        way.when.extend(when.iter().cloned());
+        ways.push(way);
+    }
+    if ways.is_empty() { vec![operation.clone()] } else { ways }
 }
 
 fn complete_name(name: &ObjectName) -> String {
@@ -509,7 +598,7 @@ fn within(mut operation: Written, ports: Option<&BTreeSet<u16>>) -> Option<Writt
 
 /// The rules that grant an operation to subjects: one for those that `from` can list, one for each other (policy F-3: on
 /// TCP a rule that asks a request anywhere never matches).
-fn rules(operation: &Written, subjects: &[Written]) -> Vec<Value> {
+fn rules(operation: &Written, subjects: &[Written], shows: &[Shown]) -> Vec<Value> {
     let is_listed = |subject: &&Written| {
         subject.when.is_empty() && !subject.source.is_empty() && !subject.asks_requests()
     };
@@ -522,7 +611,9 @@ fn rules(operation: &Written, subjects: &[Written]) -> Vec<Value> {
     for subject in subjects.iter().filter(|subject| !is_listed(subject)) {
         let source = &subject.source;
         let from = if source.is_empty() { Vec::new() } else { vec![json!({"source": object(source)})] };
-        rules.push(rule(operation, from, &subject.when, subject.only_requests));
+        let ways = if wants_token(subject) { shown(operation, shows) } else { vec![operation.clone()] };
+        let each = ways.iter().map(|way| rule(way, from.clone(), &subject.when, subject.only_requests));
+        rules.extend(each);
     }
     rules
 }

@@ -186,6 +186,11 @@ impl Tokens {
         self.judged.iter().find_map(|judged| judged.outcome.as_ref().err().copied())
     }
 
+    /// Whether one is valid for any rule.
+    pub(super) fn has_valid(&self) -> bool {
+        self.judged.iter().any(|judged| judged.outcome.is_ok())
+    }
+
     /// A valid token for this rule.
     pub(super) fn of(&self, rule: &Arc<IssuerRule>) -> Option<&VerifiedToken> {
         let own = self.judged.iter().filter(|judged| Arc::ptr_eq(&judged.rule, rule));
