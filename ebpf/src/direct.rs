@@ -3,6 +3,9 @@
 //!
 //! connect hook (permits) -> [`connects`] (publishes, before the SYN) -> [`arrives`] (at the destination) -> [`accepted`] there
 //! and [`stands`] here -> [`closes`]. Nothing of this runs for a packet of an established connection.
+//!
+//! What `socket_events` calls are functions of their own in the program, too: a chain of calls has 512 bytes of stack, and all of
+//! them in one frame would not leave room for what they call.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -26,11 +29,12 @@ use crate::{
         is_own_address, local_owner, note_arrival, our_mark, publish_direct, record_captured, set_mark,
         steered_workload, tell, workload_of,
     },
+    shortcut,
     words::field,
 };
 
 /// Right before the SYN, when the source's port is known.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn connects(context: &SockOpsContext) {
     let connect = Connect { context, tuple: tuple_of(context) };
     match verdict::direct::depart(&connect) {
@@ -117,7 +121,7 @@ pub(crate) fn arrives(tuple: &Tuple) -> Option<DirectArrival> {
 }
 
 /// The destination's socket stands: no listener is looked up any more.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn accepted(context: &SockOpsContext) {
     let Some(entry) = direct(&tuple_of(context).reversed()) else { return };
     // SAFETY: the entry is memory of the map; this is the only writer of the field.
@@ -125,106 +129,143 @@ pub(crate) fn accepted(context: &SockOpsContext) {
 }
 
 /// The client's socket stands. Its first segment after the SYN is not sent yet.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn stands(context: &SockOpsContext) {
     let tuple = tuple_of(context);
-    let Some((entry, value)) = own_entry(context, &tuple) else { return };
-    let now = now_nanos();
-    match verdict::direct::stood(&value) {
+    let Some(entry) = own_entry(context, &tuple) else { return };
+    // SAFETY: the entry is memory of the map, and the field a number that does not tear.
+    let arrival = unsafe { (&raw const (*entry).arrival).read_volatile() };
+    match verdict::direct::stood(arrival) {
         Stood::Direct => {
-            // SAFETY: the entry is memory of the map; this is the only writer of the field.
+            let now = now_nanos();
+            // SAFETY: the entry is memory of the map; this is the only writer of the field, and the others that are read were
+            // written before it was published.
             unsafe { (&raw mut (*entry).established_nanos).write_volatile(now) };
-            tell(&event(DirectEventKind::Opened, &tuple, &value, now));
+            // SAFETY: as above.
+            shortcut::stands(&tuple, unsafe { &*entry });
+            tell(DirectEventKind::Opened, |event| {
+                // SAFETY: the event is memory of the ring, and the entry memory of the map.
+                unsafe { fill(event, DirectEventKind::Opened, &tuple, entry, now) };
+            });
         }
         Stood::Steered => forget_direct(&tuple),
         Stood::Misled => {
             // Nothing of it leaves the namespace any more: the guard sees to that.
             count_drop(DropReason::DirectMisled);
-            capture(context, value.source);
+            // SAFETY: the entry is memory of the map; the field was written before it was published.
+            capture(context, unsafe { (*entry).source });
             forget_direct(&tuple);
         }
     }
 }
 
 /// Our FIN is acknowledged and the other side has not closed.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn is_half_closed(context: &SockOpsContext) {
-    let Some((entry, _)) = own_entry(context, &tuple_of(context)) else { return };
+    let Some(entry) = own_entry(context, &tuple_of(context)) else { return };
     let received = field!(context.ops, bytes_received);
     // SAFETY: the entry is memory of the map; this is the only writer of the field.
     unsafe { (&raw mut (*entry).received_at_half).write_volatile(received) };
 }
 
 /// The client's socket is closed: no SYN with its tuple is let by any more.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn closes(context: &SockOpsContext, last_state: u32) {
     let tuple = tuple_of(context);
-    let Some((_, value)) = own_entry(context, &tuple) else { return };
-    forget_direct(&tuple);
-    if !value.is_established() {
-        return;
+    let Some(entry) = own_entry(context, &tuple) else { return };
+    // SAFETY: the entry is memory of the map; only this socket's events write the fields.
+    let [established_nanos, received_at_half] =
+        unsafe { [(*entry).established_nanos, (*entry).received_at_half] };
+    if established_nanos != 0 {
+        let now = now_nanos();
+        // SAFETY: the entry is memory of the map; the fields were written before it was published.
+        shortcut::closes(&tuple, unsafe { &*entry }, now);
+        tell(DirectEventKind::Closed, |event| {
+            let raw = context.ops;
+            let [sent_bytes, received_bytes] = verdict::direct::payload(&Counted {
+                last_state,
+                bytes_acked: field!(raw, bytes_acked),
+                bytes_received: field!(raw, bytes_received),
+                first_unacked: field!(raw, snd_una),
+                next: field!(raw, snd_nxt),
+                received_at_half,
+            });
+            // SAFETY: the event is memory of the ring, and the entry memory of the map.
+            unsafe {
+                fill(event, DirectEventKind::Closed, &tuple, entry, now);
+                (*event).aborted = u32::from(verdict::ended(last_state) == Ended::Aborted);
+                (*event).duration_nanos = now.saturating_sub(established_nanos);
+                (*event).sent_bytes = sent_bytes;
+                (*event).received_bytes = received_bytes;
+            }
+        });
     }
-    let raw = context.ops;
-    let [sent_bytes, received_bytes] = verdict::direct::payload(&Counted {
-        last_state,
-        bytes_acked: field!(raw, bytes_acked),
-        bytes_received: field!(raw, bytes_received),
-        first_unacked: field!(raw, snd_una),
-        next: field!(raw, snd_nxt),
-        received_at_half: value.received_at_half,
-    });
-    let now = now_nanos();
-    tell(&DirectEvent {
-        aborted: u32::from(verdict::ended(last_state) == Ended::Aborted),
-        duration_nanos: now.saturating_sub(value.established_nanos),
-        sent_bytes,
-        received_bytes,
-        ..event(DirectEventKind::Closed, &tuple, &value, now)
-    });
+    // Last: what is removed may be another connection's at once.
+    forget_direct(&tuple);
 }
 
 /// Tells of a connect that the pair table denies.
 #[inline(always)]
 pub(crate) fn tell_refused(source: WorkloadNumber, destination: WorkloadNumber, target: &Address, port: u16) {
-    tell(&DirectEvent {
-        kind: DirectEventKind::Refused as u32,
-        source,
-        destination,
-        generation: InForce::fetch().number(source),
-        tuple: Tuple { source: Address([0; 16]), target: *target, source_port: 0, target_port: port },
-        aborted: 0,
-        socket_cookie: 0,
-        at_nanos: now_nanos(),
-        duration_nanos: 0,
-        sent_bytes: 0,
-        received_bytes: 0,
+    let generation = InForce::fetch().number(source);
+    tell(DirectEventKind::Refused, |event| {
+        // SAFETY: the event is memory of the ring.
+        unsafe {
+            empty(event, DirectEventKind::Refused, now_nanos());
+            (*event).source = source;
+            (*event).destination = destination;
+            (*event).generation = generation;
+            (*event).tuple.source = Address([0; 16]);
+            (*event).tuple.target = *target;
+            (*event).tuple.source_port = 0;
+            (*event).tuple.target_port = port;
+            (*event).socket_cookie = 0;
+        }
     });
 }
 
+/// # Safety
+/// `event` is memory of the ring, `entry` memory of the map.
 #[inline(always)]
-fn event(kind: DirectEventKind, tuple: &Tuple, value: &DirectValue, at_nanos: u64) -> DirectEvent {
-    DirectEvent {
-        kind: kind as u32,
-        source: value.source,
-        destination: value.destination,
-        generation: value.generation,
-        tuple: *tuple,
-        aborted: 0,
-        socket_cookie: value.socket_cookie,
-        at_nanos,
-        duration_nanos: 0,
-        sent_bytes: 0,
-        received_bytes: 0,
+unsafe fn fill(
+    event: *mut DirectEvent,
+    kind: DirectEventKind,
+    tuple: &Tuple,
+    entry: *const DirectValue,
+    at_nanos: u64,
+) {
+    // SAFETY: the caller vouches for both; the fields were written before the entry was published.
+    unsafe {
+        empty(event, kind, at_nanos);
+        (*event).source = (*entry).source;
+        (*event).destination = (*entry).destination;
+        (*event).generation = (*entry).generation;
+        (*event).tuple = *tuple;
+        (*event).socket_cookie = (*entry).socket_cookie;
+    }
+}
+
+/// # Safety
+/// `event` is memory of the ring.
+#[inline(always)]
+unsafe fn empty(event: *mut DirectEvent, kind: DirectEventKind, at_nanos: u64) {
+    // SAFETY: the caller vouches for it.
+    unsafe {
+        (*event).kind = kind as u32;
+        (*event).aborted = 0;
+        (*event).at_nanos = at_nanos;
+        (*event).duration_nanos = 0;
+        (*event).sent_bytes = 0;
+        (*event).received_bytes = 0;
     }
 }
 
 /// The entry that this socket published. Another socket may have published one with the same tuple since.
 #[inline(always)]
-fn own_entry(context: &SockOpsContext, tuple: &Tuple) -> Option<(*mut DirectValue, DirectValue)> {
+fn own_entry(context: &SockOpsContext, tuple: &Tuple) -> Option<*mut DirectValue> {
     let entry = direct(tuple)?;
-    // SAFETY: as in `arrives`.
-    let value = unsafe { entry.read_volatile() };
-    (value.socket_cookie == cookie_of(context)).then_some((entry, value))
+    // SAFETY: the entry is memory of the map; the field was written before it was published.
+    (unsafe { (*entry).socket_cookie } == cookie_of(context)).then_some(entry)
 }
 
 #[inline(always)]

@@ -35,7 +35,7 @@ pub(crate) fn event(context: &SockOpsContext) -> u32 {
     0
 }
 
-#[inline(always)]
+#[inline(never)]
 fn event_on_host(context: &SockOpsContext, operation: u32) {
     match operation {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connects(context),
@@ -194,7 +194,7 @@ pub(crate) fn socket_of(context: &SockOpsContext) -> *mut bpf_sock {
 }
 
 /// The connection from the view of the socket that opened it.
-#[inline(always)]
+#[inline(never)]
 #[expect(
     clippy::cast_possible_truncation,
     reason = "ports have 16 bits; the kernel keeps them in wider fields"

@@ -3,6 +3,7 @@
 //! outbound: [`connect4`], [`connect6`] mark and record; [`socket_events`] keeps records true; [`guard_egress`] and
 //! [`guard_ingress`] see to it that a record is kept even where a mark is not.
 //! direct: what the pair table permits is published by [`socket_events`] before its SYN and let by where it arrives.
+//! After its handshake [`shortcut`] takes its packets past the host's stack.
 //! inbound: [`steer`] hands arriving and captured connections to the daemon's listeners.
 //!
 //! Every hook reads its context, asks a verdict, counts, returns. Every path that cannot be judged is closed for captured
@@ -19,6 +20,9 @@ mod events;
 mod direct;
 
 #[cfg(target_arch = "bpf")]
+mod shortcut;
+
+#[cfg(target_arch = "bpf")]
 mod guard;
 
 #[cfg(target_arch = "bpf")]
@@ -33,11 +37,11 @@ mod maps;
 #[cfg(target_arch = "bpf")]
 mod hooks {
     use aya_ebpf::{
-        macros::{cgroup_skb, cgroup_sock_addr, sk_lookup, sock_ops},
-        programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext},
+        macros::{cgroup_skb, cgroup_sock_addr, classifier, sk_lookup, sock_ops},
+        programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
     };
 
-    use crate::{capture, events, guard, steer};
+    use crate::{capture, events, guard, shortcut, steer};
 
     /// An IPv4 connect is about to happen. 1 lets it, 0 refuses it.
     #[cgroup_sock_addr(connect4)]
@@ -73,6 +77,12 @@ mod hooks {
     #[sk_lookup]
     pub(crate) fn steer(context: SkLookupContext) -> u32 {
         steer::steer(&context)
+    }
+
+    /// A packet has come from a pod to the host side of its veth. 7 hands it to another pod, -1 lets it go on.
+    #[classifier]
+    pub(crate) fn shortcut(context: TcContext) -> i32 {
+        shortcut::packet(&context)
     }
 }
 

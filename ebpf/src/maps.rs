@@ -21,11 +21,12 @@ use ebpf::verdict::direct::PairTable;
 use ebpf_abi::{
     Address, CapturedRecord, Delivery, DirectArrival, DirectEvent, DirectEventKind, DirectValue, DropReason,
     ExemptRecord, Generation, Origin, OriginKind, OwnAddressKey, PairKey, PairValue, PairVerdict, Port,
-    PortAction, PortRule, SocketSlot, SteerMeta, Tuple, Verdict, WorkloadNumber, WorkloadValue,
+    PortAction, PortRule, ShortcutKey, ShortcutValue, SocketSlot, SteerMeta, Tuple, Verdict, WorkloadNumber,
+    WorkloadValue,
     limits::{
         COUNTERS_MAX, DELIVERIES_MAX, DIRECT_EVENTS_BYTES, DIRECT_MAX, ORIGINS_MAX, OWN_ADDRESSES_MAX,
-        PAIRS_MAX, SOCKETS_MAX, STATE_MAX, STEER_ADDRESSES_MAX, STEER_PORTS_MAX, STEER_SLOTS_FACTOR,
-        WORKLOADS_MAX,
+        PAIRS_MAX, SHORTCUTS_MAX, SOCKETS_MAX, STATE_MAX, STEER_ADDRESSES_MAX, STEER_PORTS_MAX,
+        STEER_SLOTS_FACTOR, WORKLOADS_MAX,
     },
     workload::WORKLOAD_CAPTURE,
 };
@@ -72,6 +73,14 @@ static DIRECT_EVENTS: RingBuf = RingBuf::with_byte_size(DIRECT_EVENTS_BYTES, 0);
 
 #[map]
 static DAEMON: SockMap = SockMap::with_max_entries(1, 0);
+
+#[map]
+static SHORTCUTS: HashMap<ShortcutKey, ShortcutValue> =
+    HashMap::with_max_entries(SHORTCUTS_MAX, BPF_F_NO_PREALLOC);
+
+#[map]
+static HOST_INTERFACES: HashMap<WorkloadNumber, u32> =
+    HashMap::with_max_entries(WORKLOADS_MAX, BPF_F_NO_PREALLOC);
 
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS_MAX, 0);
@@ -345,10 +354,12 @@ pub(crate) unsafe fn note_arrival(entry: *mut DirectValue, arrival: DirectArriva
     unsafe { (&raw mut (*entry).arrival).write_volatile(arrival as u32) };
 }
 
-/// Tells the daemon what happened to a direct connection. It is called only when a quarter of the ring is filled, and looks by
-/// itself now and then. Refusals, which anybody can make in a loop, may fill half of it.
+/// Tells the daemon what happened to a direct connection; `fill` writes every field. It is called only when a quarter of the ring
+/// is filled, and looks by itself now and then. Refusals, which anybody can make in a loop, may fill half of it.
+///
+/// The event is written where it stays: the stack of a program has 512 bytes.
 #[inline(always)]
-pub(crate) fn tell(event: &DirectEvent) {
+pub(crate) fn tell(kind: DirectEventKind, fill: impl FnOnce(*mut DirectEvent)) {
     let ring: *mut c_void = ptr::from_ref(&DIRECT_EVENTS).cast_mut().cast();
     // SAFETY: the map is a ring buffer.
     let [filled, size] = unsafe {
@@ -357,14 +368,15 @@ pub(crate) fn tell(event: &DirectEvent) {
             bpf_ringbuf_query(ring, u64::from(BPF_RB_RING_SIZE)),
         ]
     };
-    let is_refusal = event.kind == DirectEventKind::Refused as u32;
-    if is_refusal && filled >= size / 2 {
+    if kind == DirectEventKind::Refused && filled >= size / 2 {
         return count_drop(DropReason::DirectEventLost);
     }
+    let Some(mut event) = DIRECT_EVENTS.reserve::<DirectEvent>(0) else {
+        return count_drop(DropReason::DirectEventLost);
+    };
+    fill(event.as_mut_ptr());
     let wake = if filled >= size / 4 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
-    if DIRECT_EVENTS.output(event, u64::from(wake)).is_err() {
-        count_drop(DropReason::DirectEventLost);
-    }
+    event.submit(u64::from(wake));
 }
 
 /// Whether the daemon announced this connection as its delivery.
@@ -409,6 +421,44 @@ pub(crate) fn hand_to(context: &SkLookupContext, slot: SocketSlot) -> Handed {
         Ok(()) | Err(EEXIST) => Handed::Over,
         Err(ENOENT) => Handed::NoListener,
         Err(_) => Handed::Refused,
+    }
+}
+
+/// Index of the host side of a workload's veth, if its packets may take a shortcut.
+#[inline(always)]
+pub(crate) fn host_interface(workload: &WorkloadNumber) -> Option<u32> {
+    // SAFETY: user space writes the four bytes at once.
+    unsafe { HOST_INTERFACES.get(workload) }.copied()
+}
+
+/// Where packets of this direction go.
+#[inline(always)]
+pub(crate) fn shortcut(key: &ShortcutKey) -> Option<u32> {
+    // SAFETY: the field is written before the entry is published, and replaced with it as a whole.
+    unsafe { SHORTCUTS.get(key) }.map(|value| value.interface)
+}
+
+/// Enters one direction of a connection; false at the limit.
+#[inline(always)]
+pub(crate) fn take_shortcut(key: &ShortcutKey, value: &ShortcutValue) -> bool {
+    SHORTCUTS.insert(key, value, 0).is_ok()
+}
+
+/// Removes one direction; none is no error.
+#[inline(always)]
+pub(crate) fn forget_shortcut(key: &ShortcutKey) {
+    let _: Result<(), i32> = SHORTCUTS.remove(key);
+}
+
+/// Notes when a connection was closed, if it is still the one of this socket.
+#[inline(always)]
+pub(crate) fn close_shortcut(key: &ShortcutKey, socket_cookie: u64, now_nanos: u64) {
+    let Some(value) = SHORTCUTS.get_ptr_mut(key) else { return };
+    // SAFETY: the entry is memory of the map; aligned eight-byte loads and stores do not tear.
+    unsafe {
+        if (*value).socket_cookie == socket_cookie {
+            (*value).closed_nanos = now_nanos;
+        }
     }
 }
 

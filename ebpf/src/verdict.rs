@@ -10,6 +10,8 @@ use ebpf_abi::{
 
 pub mod direct;
 
+pub mod shortcut;
+
 /// What the connect hook knows of a socket that is about to connect.
 pub trait Connecting {
     /// Whose socket it is, if it belongs to an enrolled workload whose connects are captured.

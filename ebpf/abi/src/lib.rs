@@ -1,7 +1,7 @@
 //! What the kernel programs and the daemon agree on: names, sizes, numbers and memory layouts.
 //!
 //! [`names`] -> [`limits`] -> [`reason`] (what is counted) -> [`workload`] (who) -> [`flow`] (which connection) -> [`direct`]
-//! (which pairs the kernel permits by itself).
+//! (which pairs the kernel permits by itself) -> [`shortcut`] (which packets pass the host's stack by).
 //!
 //! Nothing is decided here, and nothing here knows of identities, certificates or policy.
 #![no_std]
@@ -18,6 +18,8 @@ pub mod flow;
 
 pub mod direct;
 
+pub mod shortcut;
+
 #[cfg(feature = "user")]
 mod user;
 
@@ -26,6 +28,7 @@ pub use direct::{
 };
 pub use flow::{Address, Delivery, Origin, OriginKind, Port, PortAction, PortRule, SocketSlot, Tuple};
 pub use reason::{DropReason, Verdict};
+pub use shortcut::{ShortcutKey, ShortcutValue};
 pub use workload::{CapturedRecord, ExemptRecord, OwnAddressKey, SteerMeta, WorkloadNumber, WorkloadValue};
 
 /// Version of every layout and meaning in this package; part of the pin path, so two versions never share a map.

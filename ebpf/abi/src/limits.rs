@@ -56,6 +56,18 @@ pub const DIRECT_EVENTS_AT_ONCE: usize = 4_096;
 /// Ends at once where the destination's socket stands.
 pub const DIRECT_HANDSHAKE_NANOS: u64 = 60_000_000_000;
 
+/// Directions of direct connections with a shortcut: two for each of [`DIRECT_MAX`] that are open, and two for each of
+/// [`SHORTCUTS_CLOSED_MAX`] that closed lately. At the limit a connection gets none: it takes the way through the host's stack.
+pub const SHORTCUTS_MAX: u32 = 262_144;
+
+/// Connections that closed within the last [`SHORTCUT_AFTER_CLOSE_NANOS`] and whose shortcuts are kept for what comes late. At the
+/// limit the ones that closed first lose theirs: a segment that is repeated after that takes the way through the host's stack.
+pub const SHORTCUTS_CLOSED_MAX: usize = 65_536;
+
+/// How long after its end a connection keeps its shortcut, in nanoseconds: the time that its port pair is in TIME_WAIT (60 s), in
+/// which a FIN may come again (T-16).
+pub const SHORTCUT_AFTER_CLOSE_NANOS: u64 = 60_000_000_000;
+
 /// Slots of the counters: reasons from 0, verdicts from [`crate::reason::VERDICT_BASE`].
 pub const COUNTERS_MAX: u32 = 64;
 
@@ -79,5 +91,6 @@ const _: () = {
     assert!(crate::names::STATE_CGROUP < STATE_MAX);
     assert!(crate::names::STATE_GENERATION < STATE_MAX);
     assert!(DIRECT_EVENTS_BYTES.is_power_of_two());
+    assert!(SHORTCUTS_MAX as usize >= 2 * (DIRECT_MAX as usize + SHORTCUTS_CLOSED_MAX));
     assert!(crate::SocketSlot::ALL.len() == SOCKETS_MAX as usize);
 };

@@ -12,6 +12,8 @@ pub const PROGRAM_GUARD_EGRESS: &str = "guard_egress";
 pub const PROGRAM_GUARD_INGRESS: &str = "guard_ingress";
 /// Program on `sk_lookup`: hands connections to the daemon's listeners.
 pub const PROGRAM_STEER: &str = "steer";
+/// Program on `tcx/ingress` of the host side of a pod's veth: hands segments of direct connections to the other pod.
+pub const PROGRAM_SHORTCUT: &str = "shortcut";
 
 /// Programs that are attached to a cgroup, in the order of attachment: guards before capture.
 pub const CGROUP_PROGRAMS: [&str; 5] =
@@ -39,13 +41,17 @@ pub const MAP_DIRECT: &str = "DIRECT";
 pub const MAP_DIRECT_EVENTS: &str = "DIRECT_EVENTS";
 /// One slot with a listener of the daemon; it empties itself when the daemon ends (T-15).
 pub const MAP_DAEMON: &str = "DAEMON";
+/// {interface, tuple} of a direct connection's packets -> the interface of the other pod.
+pub const MAP_SHORTCUTS: &str = "SHORTCUTS";
+/// Workload -> index of the host side of its veth, where its packets may take a shortcut.
+pub const MAP_HOST_INTERFACES: &str = "HOST_INTERFACES";
 /// Counters per CPU; the slots are the numbers of `DropReason` and `Verdict`.
 pub const MAP_COUNTERS: &str = "COUNTERS";
 /// Facts of the node that outlive a daemon; slots are the `STATE_*` constants. Only user space uses it.
 pub const MAP_STATE: &str = "STATE";
 
 /// Maps of the node, pinned once and shared by all instances of all programs.
-pub const SHARED_MAPS: [&str; 13] = [
+pub const SHARED_MAPS: [&str; 15] = [
     MAP_EXEMPT,
     MAP_CAPTURED,
     MAP_WORKLOADS,
@@ -57,6 +63,8 @@ pub const SHARED_MAPS: [&str; 13] = [
     MAP_DIRECT,
     MAP_DIRECT_EVENTS,
     MAP_DAEMON,
+    MAP_SHORTCUTS,
+    MAP_HOST_INTERFACES,
     MAP_COUNTERS,
     MAP_STATE,
 ];

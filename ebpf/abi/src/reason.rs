@@ -34,11 +34,13 @@ pub enum DropReason {
     DirectStale = 13,
     /// An event of a direct connection was lost, because the daemon did not read fast enough.
     DirectEventLost = 14,
+    /// A direct connection got no shortcut, because the map is full: it takes the way through the host's stack.
+    ShortcutFull = 15,
 }
 
 impl DropReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::MarkFailed,
         Self::RecordFailed,
         Self::CapturedEgress,
@@ -54,6 +56,7 @@ impl DropReason {
         Self::DirectMisled,
         Self::DirectStale,
         Self::DirectEventLost,
+        Self::ShortcutFull,
     ];
 
     /// The slot in the map `COUNTERS`.
@@ -79,6 +82,7 @@ impl DropReason {
             Self::DirectMisled => "direct_misled",
             Self::DirectStale => "direct_stale",
             Self::DirectEventLost => "direct_event_lost",
+            Self::ShortcutFull => "shortcut_full",
         }
     }
 }
@@ -107,11 +111,13 @@ pub enum Verdict {
     DirectCaptured = VERDICT_BASE + 8,
     /// A published connection arrived and went to its application.
     PassedDirect = VERDICT_BASE + 9,
+    /// A segment of a direct connection went past the host's stack. Counted by segment, as large as the sender makes it.
+    Shortcut = VERDICT_BASE + 10,
 }
 
 impl Verdict {
     /// All verdicts, in the order of their numbers.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Captured,
         Self::PassedConnect,
         Self::PassedExempt,
@@ -122,6 +128,7 @@ impl Verdict {
         Self::Direct,
         Self::DirectCaptured,
         Self::PassedDirect,
+        Self::Shortcut,
     ];
 
     /// The slot in the map `COUNTERS`.
@@ -142,6 +149,7 @@ impl Verdict {
             Self::Direct => "direct",
             Self::DirectCaptured => "direct_captured",
             Self::PassedDirect => "passed_direct",
+            Self::Shortcut => "shortcut",
         }
     }
 }

@@ -5,6 +5,7 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use crate::{
     direct::{DirectEvent, DirectValue, PairKey, PairValue},
     flow::{Address, Delivery, Origin, PortRule, Tuple},
+    shortcut::{ShortcutKey, ShortcutValue},
     workload::{CapturedRecord, ExemptRecord, OwnAddressKey, SteerMeta, WorkloadNumber, WorkloadValue},
 };
 
@@ -71,6 +72,8 @@ plain!(
     PairKey,
     PairValue,
     PortRule,
+    ShortcutKey,
+    ShortcutValue,
     SteerMeta,
     Tuple,
     WorkloadNumber,

@@ -123,7 +123,7 @@ fn is_over(entry: &DirectValue, now_nanos: u64) -> bool {
     entry.accepted != 0 || is_late
 }
 
-/// What the client's socket found when its handshake was done.
+/// What the client's socket found when its handshake was done, by the entry's [`DirectArrival`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stood {
     /// The application of the destination.
@@ -135,10 +135,10 @@ pub enum Stood {
 }
 
 #[inline(always)]
-pub fn stood(entry: &DirectValue) -> Stood {
-    if entry.arrival == DirectArrival::Passed as u32 {
+pub fn stood(arrival: u32) -> Stood {
+    if arrival == DirectArrival::Passed as u32 {
         Stood::Direct
-    } else if entry.arrival == DirectArrival::Steered as u32 {
+    } else if arrival == DirectArrival::Steered as u32 {
         Stood::Steered
     } else {
         Stood::Misled
@@ -383,7 +383,7 @@ mod tests {
             (DirectArrival::Unseen as u32, Stood::Misled),
             (77, Stood::Misled),
         ] {
-            assert_eq!(stood(&DirectValue { arrival, ..ENTRY }), expected);
+            assert_eq!(stood(arrival), expected);
         }
     }
 
@@ -504,7 +504,7 @@ mod tests {
                 }
                 Client::Stands => {
                     let entry = self.entry.expect("published");
-                    self.is_served = stood(&entry) == Stood::Direct;
+                    self.is_served = stood(entry.arrival) == Stood::Direct;
                     self.client = Client::Ended;
                 }
                 Client::Ended => return false,
