@@ -10,6 +10,8 @@ pub mod socket;
 
 pub mod diag;
 
+pub mod conntrack;
+
 pub mod watch;
 
 pub mod cgroup;
