@@ -95,7 +95,7 @@ impl Queue {
 
     /// Whether a yes that finds no place becomes a no.
     fn denies(&self, decision: &Decision) -> bool {
-        matches!(self.on_full, OnFull::Deny) && decision.verdict == Verdict::Allowed
+        self.is_required() && decision.verdict == Verdict::Allowed
     }
 
     fn refuse(&self, is_denied: bool) -> Result<(), NotRecorded> {
@@ -117,6 +117,10 @@ impl Recorder for Queue {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => self.refuse(denies),
         }
+    }
+
+    fn is_required(&self) -> bool {
+        matches!(self.on_full, OnFull::Deny)
     }
 
     fn snapshot(&self, number: u64, digest: &str) {

@@ -214,17 +214,7 @@ impl Record {
     pub(super) fn decided(&self) -> Result<(), Ending> {
         let decision = || {
             let deciding = self.deciding.clone().unwrap_or_default();
-            Decision {
-                ends: Arc::clone(&self.ends),
-                request: None,
-                verdict: Verdict::Allowed,
-                policy: deciding.policy,
-                rule: deciding.rule,
-                reason: None,
-                shadow: deciding.shadow.map(Shadow::from),
-                audit: deciding.audit,
-                snapshot: self.snapshot,
-            }
+            Decision::allowed(Arc::clone(&self.ends), None, deciding, self.snapshot)
         };
         self.events.decide(decision).map_err(|not| Ending::denied(Reason::AuditUnavailable, not))
     }

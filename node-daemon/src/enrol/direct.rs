@@ -19,6 +19,7 @@ use node_core::{
 };
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::shortcut::Trail;
 use crate::{
     datapath::{ConnectionView, protocol_of, workload_end},
     kernel::{Direct, DirectEvents, KernelError},
@@ -377,7 +378,7 @@ fn record(
 }
 
 /// Reads the kernel's events and tells them, until a successor does.
-pub(super) async fn follow(ledger: Arc<Ledger>, direct: Direct) {
+pub(super) async fn follow(ledger: Arc<Ledger>, direct: Direct, mut trail: Trail) {
     let failed = |error: &dyn std::error::Error| {
         ledger.events.emit(&Event::KernelFailed {
             call: "reading events of direct connections",
@@ -393,20 +394,21 @@ pub(super) async fn follow(ledger: Arc<Ledger>, direct: Direct) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        match take_all(&ledger, &mut reader) {
-            Ok(()) => {}
+        match take_all(&ledger, &mut reader, &mut trail) {
+            Ok(()) => trail.expire(),
             Err(KernelError::NotOwner { .. }) => return,
             Err(error) => failed(&error),
         }
     }
 }
 
-fn take_all(ledger: &Ledger, reader: &mut DirectEvents) -> Result<(), KernelError> {
+fn take_all(ledger: &Ledger, reader: &mut DirectEvents, trail: &mut Trail) -> Result<(), KernelError> {
     loop {
         let taken = reader.take()?;
         for event in &taken {
             ledger.tell(event);
         }
+        trail.take(&taken);
         if taken.len() < limits::DIRECT_EVENTS_AT_ONCE {
             return Ok(());
         }

@@ -2,7 +2,9 @@
 
 use std::{fmt, sync::Arc};
 
-use super::event::{ConnectionRecord, Ends, Event, Path, Reason, RequestRecord, Shadow, Verdict};
+use node_core::policy::Verdict as Deciding;
+
+use super::event::{ConnectionRecord, Ends, Event, Reason, RequestRecord, Shadow, Verdict};
 
 /// One answer.
 #[derive(Clone, Debug)]
@@ -38,6 +40,9 @@ pub trait Recorder: fmt::Debug + Send + Sync {
     /// It found no place, and the operator wants nothing to happen that is not recorded: the answer is to be no.
     fn record(&self, decision: Decision) -> Result<(), NotRecorded>;
 
+    /// Whether nothing may happen that is not recorded.
+    fn is_required(&self) -> bool;
+
     /// A snapshot of this number and digest comes into force: told before anything is judged by it.
     fn snapshot(&self, number: u64, digest: &str);
 }
@@ -48,6 +53,21 @@ pub trait Recorder: fmt::Debug + Send + Sync {
 pub struct NotRecorded;
 
 impl Decision {
+    /// A yes, by what decided.
+    pub fn allowed(ends: Arc<Ends>, request: Option<Asked>, deciding: Deciding, snapshot: u64) -> Self {
+        Self {
+            ends,
+            request,
+            verdict: Verdict::Allowed,
+            policy: deciding.policy,
+            rule: deciding.rule,
+            reason: None,
+            shadow: deciding.shadow.map(Shadow::from),
+            audit: deciding.audit,
+            snapshot,
+        }
+    }
+
     /// What an event says of decisions that were not recorded when they were made: an allowed connection or request was, before
     /// its first byte.
     pub(super) fn of(event: &Event) -> Option<Self> {
@@ -58,9 +78,7 @@ impl Decision {
     }
 
     fn of_connection(record: &ConnectionRecord) -> Option<Self> {
-        // The kernel permits the direct path by itself, and tells afterwards.
-        let was_recorded =
-            record.opened && record.verdict == Verdict::Allowed && record.ends.path != Path::Direct;
+        let was_recorded = record.opened && record.verdict == Verdict::Allowed;
         (!was_recorded).then(|| Self {
             ends: Arc::clone(&record.ends),
             request: None,

@@ -60,6 +60,11 @@ impl Sink {
         self.recorder.get().map_or(Ok(()), |recorder| recorder.record(decision()))
     }
 
+    /// Whether nothing may happen that finds no place where decisions are kept.
+    pub fn must_record(&self) -> bool {
+        self.recorder.get().is_some_and(|recorder| recorder.is_required())
+    }
+
     /// A snapshot is about to come into force. `digest` is only asked for where decisions are kept.
     pub fn judging_by(&self, number: u64, digest: impl FnOnce() -> String) {
         if let Some(recorder) = self.recorder.get() {

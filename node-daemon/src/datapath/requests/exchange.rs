@@ -84,20 +84,15 @@ impl Exchange {
 
     /// It was allowed, which is kept before it goes to the workload.
     pub(super) fn decided(&self) -> Result<(), NotRecorded> {
-        self.telling.events.decide(|| Decision {
-            ends: Arc::clone(&self.telling.ends),
-            request: Some(Asked {
-                protocol: self.protocol,
-                method: self.method.clone(),
-                path: self.path.clone(),
-            }),
-            verdict: Verdict::Allowed,
-            policy: self.deciding.policy.clone(),
-            rule: self.deciding.rule.clone(),
-            reason: None,
-            shadow: self.deciding.shadow.clone().map(Shadow::from),
-            audit: self.deciding.audit.clone(),
-            snapshot: self.snapshot,
+        self.telling.events.decide(|| {
+            let (protocol, method, path) = (self.protocol, self.method.clone(), self.path.clone());
+            let asked = Asked { protocol, method, path };
+            Decision::allowed(
+                Arc::clone(&self.telling.ends),
+                Some(asked),
+                self.deciding.clone(),
+                self.snapshot,
+            )
         })
     }
 
