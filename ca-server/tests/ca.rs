@@ -94,6 +94,7 @@ async fn a_certificate_has_the_profile_and_no_more() {
 
 #[tokio::test]
 async fn openssl_verifies_the_chain_of_every_kind_of_key() {
+    // policy E-6: the leaf first, the root last.
     let world = World::new().await;
     let node = world.joined("node-a").await;
     for kind in [&rcgen::PKCS_ECDSA_P256_SHA256, &PKCS_ECDSA_P384_SHA384, &PKCS_ED25519] {
@@ -191,6 +192,7 @@ async fn a_token_of_another_authority_joins_neither() {
 
 #[tokio::test]
 async fn a_signing_request_that_proves_nothing_is_refused() {
+    // policy E-7, G-17: whoever asks for another name, or does not hold the key, gets nothing.
     let world = World::new().await;
     let node = world.joined("node-a").await;
     let good = csr(&key(), &[]);

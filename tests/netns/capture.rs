@@ -158,6 +158,7 @@ fn families(way: &Way) -> Vec<Family> {
 
 /// Served through the tunnel, with true addresses at every point where an application may look, and nothing in the
 /// clear between the nodes.
+// policy H-2, H-5: the certificate is that of the pod, which secure naming and the other node's log tell, and the address too.
 fn captured(photo: &Photo, way: &Way, family: Family) {
     let Photo { frontend, datastore, .. } = photo;
     let to = datastore.at(family, ECHO);
@@ -492,6 +493,7 @@ fn mptcp_server(photo: &Photo) {
     }
 }
 
+// policy H-3: on one node the source is known as it is between nodes.
 fn same_node(photo: &Photo) {
     let Photo { frontend, backend, .. } = photo;
     let watch = photo.a.watch();

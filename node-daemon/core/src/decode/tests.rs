@@ -194,7 +194,7 @@ fn a_workload_is_read_whole() {
         (Some("raw"), 9, Protocol::Grpc),
         (None, 10, Protocol::Tcp),
     ];
-    assert_eq!(ports, expected); // H-8
+    assert_eq!(ports, expected); // policy H-8
     assert_eq!(workload.exempt_inbound_ports, [22, 9090]);
     assert_eq!(enrolment, Enrolment::Unsaid);
     assert!(!workload.is_host());
@@ -434,7 +434,7 @@ fn unusable_service_addresses_and_selectors_are_refused() {
 
 #[test]
 fn the_protocol_is_app_protocol_first_and_the_name_else() {
-    // H-8
+    // policy H-8
     for (app_protocol, name, expected) in [
         (None, None, Protocol::Tcp),
         (None, Some("http"), Protocol::Http),
@@ -461,10 +461,11 @@ fn a_mesh_says_what_it_says_and_the_rest_is_default() {
     assert_eq!(empty, Mesh::defaults(trust_domain()));
     assert_eq!(empty.default_mode, TransportMode::Permissive);
     let spec = "{trustDomain: cluster.local, trustDomainAliases: [old.local], rootNamespace: mesh-root, \
-        defaultMode: STRICT, sameNode: proxied, \
+        defaultMode: STRICT, sameNode: proxied, requireTokenExpiry: true, \
         barredIdentities: [\"spiffe://cluster.local/ns/photo/sa/web\"], podRanges: [10.8.0.0/16, \"fd00:8::/32\"]}";
     let full = mesh(&readable(&mesh_yaml(spec)), &trust_domain()).expect("the mesh is good");
     assert_eq!((full.default_mode, full.pod_ranges.len()), (TransportMode::Strict, 2));
+    assert!(full.needs_token_expiry && !empty.needs_token_expiry); // policy G-6
     assert_eq!((full.same_node, full.barred_identities.len()), (SameNode::Proxied, 1));
     assert_eq!((full.trust_domain_aliases.len(), full.root_namespace.as_str()), (1, "mesh-root"));
 }
@@ -479,6 +480,7 @@ fn an_unusable_mesh_is_refused_by_field() {
     mesh_refused("{defaultMode: strict}", "spec.defaultMode", "\"strict\"");
     mesh_refused("{defaultMode: “STRICT”}", "spec.defaultMode", "\"“STRICT”\""); // 0-4
     mesh_refused("{defaultMod: STRICT}", "spec.defaultMod", "\"STRICT\"");
+    mesh_refused("{requireTokenExpiry: \"yes\"}", "spec.requireTokenExpiry", "\"yes\"");
     mesh_refused("{sameNode: never}", "spec.sameNode", "\"never\"");
     mesh_refused("{barredIdentities: [web]}", "spec.barredIdentities[0]", "\"web\"");
     mesh_refused("{podRanges: [10.8.0.0]}", "spec.podRanges[0]", "\"10.8.0.0\"");
