@@ -70,9 +70,9 @@ metadata: {name: default, namespace: istio-system}
 spec: {mtls: {mode: STRICT}}
 ";
 
-/// Lines of node.yaml that leave the host's stack in the way of direct connections, and that take it out; `None` while the
-/// daemon has no such setting.
-const SHORTCUT: Option<[&str; 2]> = None;
+/// Lines of node.yaml that leave the host's stack in the way of direct connections, and that take it out.
+const SHORTCUT_OFF: &str = "shortcut: off\n";
+const SHORTCUT_ON: &str = "shortcut: auto\n";
 
 /// From the end of a connection to its line in the access log.
 const LINE_TIME_MAX: Duration = Duration::from_secs(5);
@@ -177,14 +177,10 @@ impl Stage {
             stage.without_daemons(&others, settings)?;
         }
         if !meshed.is_empty() {
-            let more = SHORTCUT.map_or("", |[off, _]| off);
-            stage.with_daemons(&meshed, settings, more)?;
+            stage.with_daemons(&meshed, settings, SHORTCUT_OFF)?;
         }
         if !shortcut.is_empty() {
-            match SHORTCUT {
-                Some([_, on]) => stage.with_daemons(&shortcut, settings, on)?,
-                None => stage.leave_out(&shortcut, "the daemon has no setting for it"),
-            }
+            stage.with_daemons(&shortcut, settings, SHORTCUT_ON)?;
         }
         stage.lanes.sort_by_key(|lane| lane.way);
         stage.absent.sort();
