@@ -141,7 +141,8 @@ impl Unknown {
             Attribute::Host => self.host || self.request,
             Attribute::Method | Attribute::Path => self.request,
             Attribute::ServerName => self.server_name,
-            attribute => attribute.is_of_token(),
+            Attribute::Subject | Attribute::Audience | Attribute::Presenter | Attribute::Claim(_) => true,
+            Attribute::Peer | Attribute::Source | Attribute::Destination => false,
         }
     }
 }

@@ -172,7 +172,12 @@ impl Point {
             Atom::Source(address) => self.source_address = *address,
             Atom::Destination(address) => self.destination_address = *address,
             Atom::ServerName(name) => self.server_name.clone_from(name),
-            other => {
+            other @ (Atom::Method(_)
+            | Atom::Path(_)
+            | Atom::Host(_)
+            | Atom::Header(..)
+            | Atom::Token(_)
+            | Atom::Claim(..)) => {
                 if let Some(request) = &mut self.request {
                     request.apply(other);
                 }

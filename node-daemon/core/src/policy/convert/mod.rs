@@ -198,6 +198,8 @@ struct Ground<'a> {
     workloads: &'a BTreeMap<ObjectName, Arc<Workload>>,
     services: &'a BTreeMap<ObjectName, Service>,
     old: PolicyObjects,
+    /// Without those that grant: what is asked of senders, which many rules want to know.
+    asking: PolicyObjects,
     /// Kind, namespace and name of what is there already.
     taken: BTreeSet<(String, String, String)>,
 }
@@ -211,7 +213,13 @@ impl<'a> Ground<'a> {
             })
             .collect();
         let Documents { mesh, workloads, services, .. } = *documents;
-        Self { mesh, workloads, services, old, taken }
+        let mut asking = PolicyObjects::new();
+        let grants = ["ServiceRole", "ServiceRoleBinding", "AuthorizationPolicy"];
+        for object in documents.objects.iter().filter(|object| !grants.contains(&object.kind.as_str())) {
+            // What is refused asks nothing that could be written.
+            let _ = asking.insert(object);
+        }
+        Self { mesh, workloads, services, old, asking, taken }
     }
 
     fn good(&self) -> impl Iterator<Item = (&ObjectName, &Arc<str>, &Body)> {

@@ -259,7 +259,7 @@ fn base(workload: &Arc<Workload>, port: u16, destination_address: IpAddr, protoc
         peer: None,
         is_attested: false,
         server_name: None,
-        request: Some(request).filter(|_| protocol != Protocol::Tcp),
+        request: (protocol != Protocol::Tcp).then_some(request),
     }
 }
 
@@ -347,9 +347,13 @@ fn destinations(
 
 /// Namespaces that a switch lists.
 fn listed(objects: &PolicyObjects) -> impl Iterator<Item = Arc<str>> {
-    let switches = objects.entries().filter_map(|(_, _, entry)| match &entry.good.as_ref()?.body {
-        Body::RbacConfig(switch) | Body::ClusterRbacConfig(switch) => Some(switch),
-        _other => None,
+    let switches = objects.entries().filter_map(|(_, _, entry)| {
+        let body = &entry.good.as_ref()?.body;
+        if let Body::RbacConfig(switch) | Body::ClusterRbacConfig(switch) = body {
+            Some(switch)
+        } else {
+            None
+        }
     });
     switches.flat_map(|switch| switch.listed.namespaces.iter().map(|name| Arc::from(name.as_str())))
 }
@@ -360,10 +364,12 @@ fn asks_any_address(old: &PolicyObjects, new: &PolicyObjects) -> bool {
         conditions.iter().any(|condition| matches!(condition.values(), Values::DestinationAddresses(_)))
     };
     let mut bodies = old.entries().chain(new.entries()).filter_map(|(_, _, entry)| entry.good.as_ref());
-    bodies.any(|good| match &good.body {
-        Body::ServiceRole(role) => role.rules.iter().any(|rule| asks(&rule.conditions)),
-        Body::AuthorizationPolicy(policy) => policy.rules.iter().any(|rule| asks(&rule.rule.when)),
-        _ => false,
+    bodies.any(|good| {
+        if let Body::ServiceRole(role) = &good.body {
+            return role.rules.iter().any(|rule| asks(&rule.conditions));
+        }
+        let Body::AuthorizationPolicy(policy) = &good.body else { return false };
+        policy.rules.iter().any(|rule| asks(&rule.rule.when))
     })
 }
 

@@ -39,7 +39,7 @@ pub(super) fn convert(ground: &mut Ground<'_>, conversion: &mut Conversion) {
         return;
     }
     let before = conversion.refusals.len();
-    let mut rbac = Rbac { ground, conversion, label, switch };
+    let mut rbac = Rbac { ground, conversion, label, switch, senders: BTreeMap::new() };
     rbac.convert_switch();
     if rbac.conversion.refusals.len() == before {
         rbac.convert_roles();
@@ -70,6 +70,8 @@ struct Rbac<'r, 'a> {
     /// Of the switch.
     label: String,
     switch: Switch,
+    /// What is known of senders, by namespace and selection.
+    senders: BTreeMap<(Arc<str>, Selection), Arc<Senders>>,
 }
 
 /// Workloads, and which of their ports; `None`: all.
@@ -123,7 +125,9 @@ impl<'a> Rbac<'_, 'a> {
 
     /// Ports of listed services are closed, the others of their workloads stay open.
     fn include_services(&mut self, from: &BTreeSet<String>) {
-        let mut closed: BTreeMap<(Arc<str>, Labels), (BTreeSet<u16>, Arc<str>)> = BTreeMap::new();
+        // By namespace and labels: the ports, and the name of the first service.
+        type Closed = BTreeMap<(Arc<str>, Labels), (BTreeSet<u16>, Arc<str>)>;
+        let mut closed = Closed::new();
         for (service, ports) in self.listed("inclusion.services") {
             if self.switch.listed.namespaces.contains(&*service.name.namespace) {
                 continue;
@@ -278,8 +282,7 @@ impl<'a> Rbac<'_, 'a> {
         role: &ServiceRole,
         bound: &[&(ObjectName, String, ServiceRoleBinding)],
     ) {
-        let mut policies: BTreeMap<(Selection, bool), (Vec<Value>, BTreeSet<String>, BTreeSet<String>)> =
-            BTreeMap::new();
+        let mut policies: BTreeMap<(Selection, bool), Parts> = BTreeMap::new();
         for (index, rule) in role.rules.iter().enumerate() {
             let field = format!("spec.rules[{index}]");
             let selections = match self.selections(&name.namespace, rule) {
@@ -292,7 +295,15 @@ impl<'a> Rbac<'_, 'a> {
                 }
             };
             for (selection, checks) in selections {
-                let senders = self.senders(&name.namespace, &selection);
+                let key = (name.namespace.clone(), selection.clone());
+                let senders = match self.senders.get(&key) {
+                    Some(known) => Arc::clone(known),
+                    None => {
+                        let found = Arc::new(self.senders(&name.namespace, &selection));
+                        self.senders.insert(key, Arc::clone(&found));
+                        found
+                    }
+                };
                 let operation = match written(&rule.conditions, senders.principals) {
                     Ok(Some(operation)) => operation,
                     Ok(None) => {
@@ -309,14 +320,14 @@ impl<'a> Rbac<'_, 'a> {
                     let subjects = self.subjects(binding_label, binding, senders.principals);
                     let key = (Selection { ports: None, ..selection.clone() }, binding.is_permissive);
                     let entry = policies.entry(key).or_default();
-                    entry.0.extend(rules(&operation, &subjects, &senders.shows));
-                    entry.1.extend([label.to_owned(), binding_label.clone()]);
-                    entry.2.extend(checks.iter().chain(&operation.checks).cloned());
-                    entry.2.extend(subjects.into_iter().flat_map(|subject| subject.checks));
+                    entry.rules.extend(rules(&operation, &subjects, &senders.shows));
+                    entry.from.extend([label.to_owned(), binding_label.clone()]);
+                    entry.checks.extend(checks.iter().chain(&operation.checks).cloned());
+                    entry.checks.extend(subjects.into_iter().flat_map(|subject| subject.checks));
                 }
             }
         }
-        for ((selection, is_tried), (rules, from, checks)) in policies {
+        for ((selection, is_tried), Parts { rules, from, checks }) in policies {
             // A policy without rules would close what is open without it.
             if rules.is_empty() {
                 continue;
@@ -465,7 +476,7 @@ impl<'a> Rbac<'_, 'a> {
             })
             .collect();
         let compiled = compile(
-            &ground.old,
+            &ground.asking,
             &Inventory { mesh: ground.mesh, workloads: &here, services: ground.services, node: prove::NODE },
         );
         let (mut binds_origin, mut triggers) = (BTreeSet::new(), Vec::new());
@@ -489,6 +500,14 @@ impl<'a> Rbac<'_, 'a> {
         };
         Senders { principals, shows: shows(&triggers) }
     }
+}
+
+/// One policy while it is put together.
+#[derive(Default)]
+struct Parts {
+    rules: Vec<Value>,
+    from: BTreeSet<String>,
+    checks: BTreeSet<String>,
 }
 
 /// What is known of who sends requests to a selection.

@@ -335,6 +335,13 @@ fn tokens_say_the_same_afterwards() {
     );
     converted(two, &["notValues: [a, b]"]);
     converted(&format!("{two}\n{roles}"), &["requestPrincipals: [\"b/*\"]", "requestPrincipals: [a/ann]"]);
+    // policy A-9.4, A-9.7: grants by token hold where a token is asked for, and in no preflight.
+    let asks = origins("triggerRules: [{excludedPaths: [{prefix: /pub/}]}]", "");
+    let groups = role(
+        "[{services: [backend.photo.svc.cluster.local]}, {services: [backend.photo.svc.cluster.local], methods: [PUT], notPaths: [/x]}]",
+        "[{group: admins}, {properties: {'request.auth.claims[role]': a*}}, {user: '*/sa/x'}]",
+    );
+    converted(&format!("{asks}\n{groups}"), &["notPaths: [\"/x\", \"/pub/*\"]", "notMethods: [OPTIONS]"]);
     // The namespace's and the mesh's policies ask on the HTTP ports of each service.
     for policy in [
         "Policy photo/default: {origins: [{jwt: {issuer: a}}]}",

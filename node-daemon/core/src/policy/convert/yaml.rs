@@ -56,7 +56,12 @@ fn nested(value: &Value, depth: usize, text: &mut String) {
                 list_item(item, depth, text);
             }
         }
-        other => {
+        other @ (Value::Null
+        | Value::Bool(_)
+        | Value::Number(_)
+        | Value::String(_)
+        | Value::Array(_)
+        | Value::Object(_)) => {
             // Writing to a text does not fail.
             let _ = writeln!(text, " {}", flow(other));
         }
@@ -72,7 +77,12 @@ fn list_item(item: &Value, depth: usize, text: &mut String) {
             text.push_str("- ");
             text.push_str(inner.trim_start());
         }
-        other => {
+        other @ (Value::Null
+        | Value::Bool(_)
+        | Value::Number(_)
+        | Value::String(_)
+        | Value::Array(_)
+        | Value::Object(_)) => {
             indent(depth, text);
             let _ = writeln!(text, "- {}", flow(other));
         }
@@ -84,7 +94,7 @@ fn flow(value: &Value) -> String {
     match value {
         Value::String(text) => scalar(text),
         Value::Array(items) => format!("[{}]", items.iter().map(flow).collect::<Vec<_>>().join(", ")),
-        other => other.to_string(),
+        other @ (Value::Null | Value::Bool(_) | Value::Number(_) | Value::Object(_)) => other.to_string(),
     }
 }
 
