@@ -15,8 +15,18 @@ use crate::{
 const CARGO_DENY: &str = "0.20.2";
 
 /// Each of these is also linted alone: that finds a dependency used by luck.
-const PACKAGES: [&str; 8] =
-    ["ebpf-abi", "spiffe-id", "ca-proto", "ca-server", "node-core", "node-daemon", "mesh-tests", "xtask"];
+const PACKAGES: [&str; 10] = [
+    "ebpf-abi",
+    "spiffe-id",
+    "ca-proto",
+    "ca-server",
+    "node-core",
+    "node-daemon",
+    "policy-oracle",
+    "fuzz-bodies",
+    "mesh-tests",
+    "xtask",
+];
 
 /// # Errors
 /// The first step that found something.

@@ -5,10 +5,13 @@
 
 mod bench;
 mod check;
+mod cited;
 mod demo;
 mod ebpf;
 mod envoy;
+mod fuzz;
 mod packages;
+mod policy_items;
 mod test;
 mod tidy;
 mod toolchain;
@@ -23,6 +26,7 @@ fn main() -> anyhow::Result<()> {
         Habit::Check => check::check(),
         Habit::Test { filter } => test::test(&filter),
         Habit::Demo { keep } => demo::demo(keep),
+        Habit::Fuzz { target, seconds } => fuzz::fuzz(&target, seconds),
         Habit::Bench(wanted) => bench::bench(&wanted),
         Habit::InstallEnvoy => envoy::installed().map(|program| println!("{}", program.display())),
     }
@@ -51,6 +55,13 @@ enum Habit {
         /// Leave it running and say what to try
         #[arg(long)]
         keep: bool,
+    },
+    /// Throw bytes at one of the decoders: a name in tests/fuzz/fuzz_targets
+    Fuzz {
+        target: String,
+        /// How long, in seconds
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
     },
     /// Measure what the mesh costs, beside plain TCP and beside Envoy (root)
     Bench(bench::Wanted),

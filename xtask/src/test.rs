@@ -12,8 +12,17 @@ use crate::{
 };
 
 /// Packages with tests that need no privilege.
-const UNPRIVILEGED: [&str; 7] =
-    ["ebpf-abi", "spiffe-id", "ca-proto", "ca-server", "node-core", "node-daemon", "xtask"];
+const UNPRIVILEGED: [&str; 9] = [
+    "ebpf-abi",
+    "spiffe-id",
+    "ca-proto",
+    "ca-server",
+    "node-core",
+    "node-daemon",
+    "policy-oracle",
+    "fuzz-bodies",
+    "xtask",
+];
 
 /// Builds all, runs the tests without privilege, then those in network namespaces.
 ///

@@ -1,12 +1,14 @@
 //! Tables: objects, one connection, the verdict. One object a line: `Kind namespace/name: {spec}`.
 
 mod authn;
+mod bad;
 mod current;
 mod rbac;
 mod refused;
 mod requests;
 mod status;
 mod verbatim;
+mod whole;
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
 

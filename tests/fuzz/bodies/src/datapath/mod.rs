@@ -1,0 +1,3 @@
+//! The place of the framing in its own package, whose names it uses.
+
+pub(crate) mod requests;
