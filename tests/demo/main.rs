@@ -31,10 +31,11 @@ fn main() -> ExitCode {
 }
 
 /// Who asks whom, and what shall come of it.
-const SCENES: [Scene; 6] = [
+const SCENES: [Scene; 7] = [
     Scene { from: "photo-frontend", to: "photo-backend", path: "/", expected: Expected::Answer },
     Scene { from: "photo-frontend", to: "photo-backend", path: "/deeper", expected: Expected::Answer },
     Scene { from: "photo-backend", to: "datastore", path: "/", expected: Expected::Answer },
+    Scene { from: "photo-worker", to: "datastore", path: "/", expected: Expected::Answer },
     Scene {
         from: "photo-frontend",
         to: "datastore",

@@ -1,4 +1,5 @@
-//! The stage: two nodes, the three tiers, two pods that no mesh knows, and how one asks another.
+//! The stage: two nodes, the three tiers, a worker of the backend's account on the store's node, two pods that no mesh knows, and
+//! how one asks another.
 //!
 //! The visitor is on the store's node: what it says in the clear, by its own choice, does not cross the wire.
 
@@ -61,6 +62,10 @@ impl Stage {
             ("photo-frontend", world.pod(a, Plan::new("photo", "photo-frontend").port("http", PORT))),
             ("photo-backend", world.pod(b, Plan::new("photo", "photo-backend").port("http", PORT))),
             ("datastore", world.pod(a, Plan::new("datastore", "datastore").port("http", PORT))),
+            (
+                "photo-worker",
+                world.pod(a, Plan::new("photo", "photo-worker").account("photo-backend").port("http", PORT)),
+            ),
             ("visitor", world.pod(a, Plan::new("elsewhere", "visitor").outside())),
             ("neighbour", world.pod(b, Plan::new("elsewhere", "neighbour").outside())),
         ]);
@@ -102,7 +107,8 @@ impl Stage {
         let log = destination_node(&self.nodes, destination).log();
         let before = log.position();
         let address = match (scene.from, scene.to) {
-            ("visitor", _) => format!("{}:{PORT}", destination.v4()),
+            // By the pod's own address: the kernel alone can join them.
+            ("visitor" | "photo-worker", _) => format!("{}:{PORT}", destination.v4()),
             (_, "datastore") => "10.96.0.30".to_owned(),
             _ => "10.96.0.20".to_owned(),
         };
@@ -110,7 +116,6 @@ impl Stage {
         let source = self.pods[scene.from].v4().to_string();
         let record = log.try_wait_from(before, RECORD_TIME_MAX, |line| {
             line["target"] == "access"
-                && line["direction"] == "inbound"
                 && line["destination"]["workload"] == scene.to
                 && line["source"]["address"].as_str().is_some_and(|from| from.starts_with(&source))
         });

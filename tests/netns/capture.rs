@@ -504,8 +504,10 @@ fn same_node(photo: &Photo) {
             "{asked:?}"
         );
     }
-    watch.served("outbound", &[("destination.workload", "photo-backend")]);
-    watch.served("inbound", &[("source.workload", "photo-frontend")]);
+    // One line for the two of them: see the scenarios of the direct path.
+    let fields = [("path", "direct"), ("destination.workload", "photo-backend")];
+    let line = watch.served("outbound", &fields);
+    assert!(is(&line, "source.workload", "photo-frontend"), "{line}");
 }
 
 /// How the start of a socket address with this IP reads; the server is dual-stack.

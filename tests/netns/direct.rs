@@ -164,10 +164,10 @@ fn denied(photo: &Photo, family: Family) {
     });
 }
 
-/// A process in the pod's own network namespace, outside its control group: the kernel vouches for nobody.
+/// A process in the pod's own network namespace, outside the control groups of this node: the kernel vouches for nobody.
 fn outside_the_cgroup(photo: &Photo, family: Family) {
-    let Photo { frontend, backend, a, .. } = photo;
-    let intruder = App::start("intruder", frontend.namespace(), a.daemon_cgroup()).expect("it starts");
+    let Photo { frontend, backend, a, b, .. } = photo;
+    let intruder = App::start("intruder", frontend.namespace(), b.daemon_cgroup()).expect("it starts");
     let watch = a.watch();
     let mut connect = Connect::to(backend.at(family, ECHO));
     connect.timeout_ms = 5_000;
@@ -280,7 +280,8 @@ fn flapping(photo: &Photo) {
         text: "x".to_owned(),
         bytes: 64,
         timeout_ms: 5_000,
-        attempts_max: 1_000_000,
+        // A refusal comes at once, so there are many.
+        attempts_max: u64::MAX,
     });
     storm.progress(50, Duration::from_secs(20));
     for _ in 0..10 {
