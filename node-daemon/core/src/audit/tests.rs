@@ -570,6 +570,21 @@ fn time_without_a_daemon_is_no_time_without_a_signature() {
 }
 
 #[test]
+fn what_was_signed_late_is_told() {
+    let mut log = Log::new("c0ffee", NODE);
+    log.segment();
+    log.seconds += 21;
+    log.checkpoint();
+    log.decide("allowed");
+    log.seconds += 22;
+    log.checkpoint();
+    let report = verified(&log.segments, 1, Expected::default(), Some(&Names));
+    assert!(report.holds(), "{:?}", report.findings);
+    let [note] = &report.notes[..] else { panic!("{:?}", report.notes) };
+    assert_eq!((note.line, &note.what), (5, &What::LateSignature { seconds: 22, due_seconds: 10 }));
+}
+
+#[test]
 fn findings_are_listed_up_to_the_limit_and_counted_beyond() {
     let mut verifier = Verifier::new(Expected::default(), None);
     verifier.begin("1", Some(1));
