@@ -168,11 +168,12 @@ impl Daemon {
             Enrolment::start(enrol_config, kernel, control.snapshots.clone(), events.clone())?;
         let files = ClientFiles::new(config.client_files.clone(), events.clone());
         tokio::spawn(Arc::clone(&files).follow(control.snapshots.clone()));
+        let keys = jwks::Store::start(keys_config(config), events.clone())?;
         let datapath = datapath::start(datapath::Inputs {
             snapshots: control.snapshots.clone(),
             credentials: Arc::clone(certs.store()),
             files: Arc::clone(&files),
-            keys: jwks::Store::start(keys_config(config), events.clone())?,
+            keys: Arc::clone(&keys),
             workloads,
             events: events.clone(),
             limits: Limits::of_descriptors(descriptors),
@@ -180,7 +181,7 @@ impl Daemon {
         });
         let datapath = Arc::new(Mutex::new(Some(datapath)));
         let stage = watch::Sender::new(Stage::Running);
-        let views = views(config, &control, &certs, &enrolment, &datapath, &files, &stage, events);
+        let views = views(config, &control, &certs, &enrolment, &datapath, &files, &keys, &stage, events);
         let pages = Pages::open(config, views).await?;
         Ok(Self { place, audit, control, certs, enrolment, datapath, stage, pages })
     }
@@ -322,6 +323,7 @@ fn views(
     enrolment: &Enrolment,
     datapath: &Datapath,
     files: &Arc<ClientFiles>,
+    keys: &Arc<jwks::Store>,
     stage: &watch::Sender<Stage>,
     events: &Sink,
 ) -> Views {
@@ -329,7 +331,7 @@ fn views(
     // The views do not keep the room running.
     let (certificates, node_certificate) = (Arc::downgrade(certs), Arc::downgrade(certs));
     let (datapath, ledger) = (Arc::clone(datapath), enrolment.ledger());
-    let files = Arc::clone(files);
+    let (files, keys) = (Arc::clone(files), Arc::clone(keys));
     Views {
         node: config.node.clone(),
         configuration: config.shown(),
@@ -349,14 +351,15 @@ fn views(
         }),
         client_files: Arc::new(move |snapshot| files.faults(snapshot)),
         direct: Arc::new(move || direct(&table.borrow().direct)),
+        key_sets: Arc::new(move || keys.views()),
         kernel: Arc::new(move || counted.borrow().counters.clone()),
         events: events.clone(),
     }
 }
 
 fn direct(view: &enrol::DirectView) -> admin::status::Direct {
-    let enrol::DirectView { is_on, problem, snapshot, generation, pairs } = view.clone();
-    admin::status::Direct { on: is_on, problem, snapshot, generation, pairs }
+    let enrol::DirectView { is_on, problem, snapshot, generation, pairs, shortcuts } = view.clone();
+    admin::status::Direct { on: is_on, problem, snapshot, generation, pairs, shortcuts }
 }
 
 fn enrolments(view: &enrol::View) -> Vec<EnrolmentView> {
@@ -459,6 +462,7 @@ fn enrol_config(config: &Config) -> Result<EnrolConfig> {
         cgroup_mount: cgroup::mount_point().context("cgroup")?,
         state: config.root.state().join(enrol::STATE_FILE),
         mark: MARK,
+        shortcut: config.shortcut,
     })
 }
 

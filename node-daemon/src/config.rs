@@ -80,6 +80,8 @@ pub struct Config {
     pub ready_listen: SocketAddr,
     pub hold: HoldConfig,
     pub drain: Duration,
+    /// Whether connections inside the node may skip the host's network stack.
+    pub shortcut: bool,
     pub jwks: JwksConfig,
     /// By namespace: the folder beneath which its DestinationRules may name files (T-20).
     pub client_files: BTreeMap<String, PathBuf>,
@@ -255,6 +257,9 @@ pub struct Overrides {
     /// Seconds that standing connections get at the end
     #[arg(long, env = "CULVERT_DRAIN_SECONDS")]
     drain_seconds: Option<u64>,
+    /// auto or off: whether connections inside the node skip the host's network stack
+    #[arg(long, env = "CULVERT_SHORTCUT")]
+    shortcut: Option<String>,
     /// json or text
     #[arg(long, env = "CULVERT_LOG_FORMAT")]
     log_format: Option<String>,
@@ -308,6 +313,7 @@ impl Config {
             ready_listen: top.parsed("readyListen", ADDRESS)?.unwrap_or(DEFAULT_READY_LISTEN),
             hold: HoldConfig::parse(&mut top)?,
             drain: top.seconds("drainSeconds", DRAIN_SECONDS_MAX)?.unwrap_or(DEFAULT_DRAIN),
+            shortcut: top.take("shortcut", shortcut)?.unwrap_or(true),
             jwks: JwksConfig::parse(&mut top)?,
             client_files: client_files(&mut top)?,
             log: LogConfig::parse(&mut top)?,
@@ -350,6 +356,7 @@ impl Config {
                 "deadPeer": self.hold.dead_peer.as_secs(),
             },
             "drainSeconds": self.drain.as_secs(),
+            "shortcut": if self.shortcut { "auto" } else { "off" },
             "jwks": {"allow": self.jwks.allow, "http": self.jwks.http, "roots": self.jwks.roots},
             "clientFiles": self.client_files,
             "log": {"format": self.log.format.label(), "level": self.log.level},
@@ -497,6 +504,7 @@ impl Overrides {
         top.lay_in("holdSeconds", "unknownAddress", self.hold_seconds_unknown_address)?;
         top.lay_in("holdSeconds", "deadPeer", self.hold_seconds_dead_peer)?;
         top.lay("drainSeconds", self.drain_seconds);
+        top.lay("shortcut", self.shortcut.clone());
         top.lay_in("log", "format", self.log_format.clone())?;
         top.lay_in("log", "level", self.log_level.clone())?;
         top.lay("workers", self.workers);
@@ -680,6 +688,24 @@ fn read_file(path: &Path) -> Result<String, ConfigError> {
 }
 
 /// RFC 1123 subdomain: the name stands in certificates, folders and cgroups.
+/// YAML reads a bare `off` as a word or as false, by its version.
+fn shortcut(value: &Value) -> Result<bool, Grammar> {
+    match value {
+        Value::String(word) if word == "auto" => Ok(true),
+        Value::String(word) if word == "off" => Ok(false),
+        Value::Bool(false) => Ok(false),
+        Value::Null
+        | Value::Bool(true)
+        | Value::Number(_)
+        | Value::String(_)
+        | Value::Array(_)
+        | Value::Object(_) => Err(Grammar {
+            expected: "auto or off",
+            remedy: "write auto to skip the host's network stack where that is safe, off never to do so",
+        }),
+    }
+}
+
 fn node_name(value: &Value) -> Result<String, Grammar> {
     let is_label = |label: &str| {
         !label.is_empty()

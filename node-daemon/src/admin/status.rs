@@ -33,6 +33,8 @@ pub struct Status {
     pub connections: Vec<Connection>,
     pub connections_total: usize,
     pub direct: Direct,
+    /// Those of tokens' issuers that are fetched.
+    pub key_sets: Vec<KeySet>,
     /// Counters of the kernel's half.
     pub kernel: std::collections::BTreeMap<String, u64>,
 }
@@ -49,6 +51,8 @@ pub struct Direct {
     pub generation: u32,
     /// Entries of it.
     pub pairs: usize,
+    /// Pods whose direct connections skip the host's network stack.
+    pub shortcuts: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -98,6 +102,17 @@ pub struct Certificate {
     /// Failed attempts since the last success.
     pub failures: u32,
     pub last_error: Option<String>,
+}
+
+/// A key set of tokens' issuers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KeySet {
+    /// Its address, or its issuer's.
+    pub source: String,
+    /// Keys that can be used; `None`: none was ever fetched, and no token is valid by it.
+    pub keys: Option<usize>,
+    /// Why the last fetch failed; keys that were there before go on.
+    pub problem: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -227,6 +242,9 @@ impl fmt::Display for Status {
         write!(formatter, "\n{}", self.workload_table())?;
         write!(formatter, "\n{}", self.certificate_table())?;
         write!(formatter, "\n{}", self.policy_table())?;
+        if !self.key_sets.is_empty() {
+            write!(formatter, "\n{}", self.key_set_table())?;
+        }
         write!(formatter, "{}", self.document_list())?;
         write!(formatter, "\n{}", self.connection_table())
     }
@@ -288,6 +306,16 @@ impl Status {
                 policy.effect.clone(),
                 problem,
             ]);
+        }
+        table
+    }
+
+    fn key_set_table(&self) -> Table {
+        let mut table = Table::new(["KEY SET", "KEYS", "PROBLEM"]);
+        for set in &self.key_sets {
+            let keys =
+                set.keys.map_or_else(|| "none, tokens are refused".to_owned(), |keys| keys.to_string());
+            table.row([set.source.clone(), keys, shown(set.problem.as_deref())]);
         }
         table
     }

@@ -10,7 +10,8 @@
 //! [`plan`] says who leaves, changes, enters; [`reconcile`] does it, on a thread of its own; [`host`] finds cgroups,
 //! [`routes`] and [`sysctl`] are the namespace's configuration, which [`keeper`] keeps; [`unmeshed`] is about
 //! connections from before; [`state`] is what a successor or the clean-up must undo; [`ground`] is the data path's way back
-//! into the namespace; [`pairs`] tells the kernel which pods may meet without the daemon, [`direct`] tells of those that do.
+//! into the namespace; [`pairs`] tells the kernel which pods may meet without the daemon, [`direct`] tells of those that do;
+//! [`shortcut`] takes their packets past the host's stack where [`veth`] finds that it may.
 //!
 //! Stopping removes nothing (T-23): only un-enrolment and [`cleanup`] do.
 
@@ -30,11 +31,15 @@ mod plan;
 
 mod reconcile;
 
+mod shortcut;
+
 mod state;
 
 mod sysctl;
 
 mod unmeshed;
+
+mod veth;
 
 use std::{
     collections::BTreeMap,
@@ -61,6 +66,7 @@ use crate::{
     telemetry::Sink,
 };
 use reconcile::{Outlets, Reconciler};
+use shortcut::Trail;
 use state::State;
 
 /// Name of the record of what was changed, in the state folder.
@@ -78,6 +84,8 @@ pub struct EnrolConfig {
     pub state: PathBuf,
     /// Our bits of the mark, as the kernel's half has them.
     pub mark: u32,
+    /// Whether direct connections may skip the host's network stack.
+    pub shortcut: bool,
 }
 
 /// Why enrolment cannot run at all.
@@ -193,6 +201,8 @@ pub struct DirectView {
     pub generation: u32,
     /// Entries of it.
     pub pairs: usize,
+    /// Pods whose direct connections skip the host's network stack.
+    pub shortcuts: usize,
 }
 
 impl View {
@@ -226,7 +236,11 @@ impl Enrolment {
         let (view, views) = watch_channel::channel(View { is_owner: true, ..View::default() });
         let (stop, stopped) = oneshot::channel();
         let ledger = Arc::new(Ledger::new(events.clone()));
-        let reader = tokio::spawn(direct::follow(Arc::clone(&ledger), kernel.direct()));
+        let reader = tokio::spawn(direct::follow(
+            Arc::clone(&ledger),
+            kernel.direct(),
+            Trail::begin(kernel.shortcuts(), events.clone()),
+        ));
         let outlets = Outlets { changes, view, ledger: Arc::clone(&ledger) };
         // A runtime of its own: loading programs and listing sockets takes milliseconds, in which no connection should wait.
         let runtime =

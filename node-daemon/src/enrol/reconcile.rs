@@ -27,13 +27,14 @@ use tokio::{
 
 pub(super) use self::places::{give_back, namespace_of};
 use super::{
-    EnrolConfig, Standing, View,
+    DirectView, EnrolConfig, Standing, View,
     direct::Ledger,
     ground::Numbers,
     host::Cgroup,
     keeper::{Keeper, Told},
     pairs::{Pairs, Pod, Pods},
     plan::{Step, plan},
+    shortcut::Shortcut,
     state::State,
     unmeshed,
 };
@@ -118,6 +119,9 @@ pub(super) struct Reconciler {
     is_settled: bool,
     counters: Vec<(&'static str, u64)>,
     pairs: Pairs,
+    shortcut: Shortcut,
+    /// Namespaces whose interfaces may be others by now.
+    stale_shortcuts: BTreeSet<u64>,
     ledger: Arc<Ledger>,
     /// Pods came or went since the pair table was put in force.
     are_pairs_stale: bool,
@@ -141,6 +145,7 @@ impl Reconciler {
     ) -> Self {
         let Outlets { changes, view, ledger } = outlets;
         let pairs = Pairs::new(kernel.direct(), Arc::clone(&ledger), events.clone());
+        let shortcut = Shortcut::new(config.shortcut, events.clone());
         let marks = kernel.exempt();
         let exempt: Exemption = Arc::new(move |socket| marks.mark(socket).map_err(std::io::Error::other));
         let (told, reports) = mpsc::channel(TOLD_MAX);
@@ -165,6 +170,8 @@ impl Reconciler {
             is_settled: false,
             counters: Vec::new(),
             pairs,
+            shortcut,
+            stale_shortcuts: BTreeSet::new(),
             ledger,
             are_pairs_stale: true,
         }
@@ -273,6 +280,7 @@ impl Reconciler {
         if self.are_pairs_stale {
             self.put_pairs();
         }
+        self.renew_shortcuts().await;
         self.show();
     }
 
@@ -281,6 +289,19 @@ impl Reconciler {
         self.are_pairs_stale = false;
         let pods = self.pods();
         self.pairs.put(&mut self.kernel, &pods);
+    }
+
+    /// An interface that was made anew has another number, and packets for the old one would be lost.
+    async fn renew_shortcuts(&mut self) {
+        let stale = std::mem::take(&mut self.stale_shortcuts);
+        for entry in self.entries.values().filter(|entry| stale.contains(&entry.cookie)) {
+            let Some(place) = self.places.get(&entry.cookie).filter(|_| entry.cgroup.is_none()) else {
+                continue;
+            };
+            let pod = (&entry.workload.name, entry.number);
+            let grounds = (&*place.namespace, &*self.host);
+            self.shortcut.give(&mut self.kernel, pod, grounds, &entry.workload.addresses).await;
+        }
     }
 
     fn pods(&self) -> Pods {
@@ -347,7 +368,7 @@ impl Reconciler {
             is_owner: self.is_owner,
             workloads: enrolled.chain(refused).collect(),
             counters: self.counters.clone(),
-            direct: self.pairs.view().clone(),
+            direct: DirectView { shortcuts: self.shortcut.count(), ..self.pairs.view().clone() },
         };
         self.view.send_if_modified(|shown| {
             let changed = *shown != view;

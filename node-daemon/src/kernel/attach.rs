@@ -67,11 +67,7 @@ pub(super) fn to_namespace(
 
 /// Attaches `shortcut` to the host side of a pod's veth and pins its link in `folder`. Only where nobody else's program is: it
 /// would not see what the shortcut takes.
-pub(super) fn to_interface(
-    instance: &mut Ebpf,
-    interface: u32,
-    folder: &Path,
-) -> Result<(), KernelError> {
+pub(super) fn to_interface(instance: &mut Ebpf, interface: u32, folder: &Path) -> Result<(), KernelError> {
     let name = names::PROGRAM_SHORTCUT;
     let pin = folder.join(name);
     let ours = PinnedLink::from_pin(&pin).ok().map(FdLink::from);

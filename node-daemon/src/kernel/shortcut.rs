@@ -116,7 +116,9 @@ impl Shortcuts {
         let [there, back] = closed.keys;
         for (key, other) in [(there, back), (back, there)] {
             let found = maps.get(&key)?;
-            if !found.is_some_and(|value| value.socket_cookie == closed.socket_cookie && value.closed_nanos != 0) {
+            if !found
+                .is_some_and(|value| value.socket_cookie == closed.socket_cookie && value.closed_nanos != 0)
+            {
                 continue;
             }
             gone(maps.entries.remove(&key), names::MAP_SHORTCUTS)?;

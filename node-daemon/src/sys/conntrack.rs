@@ -39,7 +39,8 @@ impl Conntrack {
     /// kernel without tracking, are no error.
     pub fn forget(&mut self, connections: &[(SocketAddr, SocketAddr)]) -> io::Result<()> {
         for batch in connections.chunks(BATCH) {
-            let bytes: Vec<u8> = batch.iter().flat_map(|(client, server)| removal(*client, *server)).collect();
+            let bytes: Vec<u8> =
+                batch.iter().flat_map(|(client, server)| removal(*client, *server)).collect();
             (&self.socket).write_all(&bytes)?;
             self.drain()?;
         }
@@ -96,7 +97,9 @@ mod tests {
         assert_eq!((length as usize, bytes.len() % 4), (bytes.len(), 0));
         // IPCTNL_MSG_CT_DELETE of NFNL_SUBSYS_CTNETLINK.
         assert_eq!(u16::from_ne_bytes([bytes[4], bytes[5]]), 0x0102);
-        for part in [&[10, 8, 1, 4][..], &[10, 8, 1, 5], &50_000_u16.to_be_bytes(), &8080_u16.to_be_bytes(), &[6]] {
+        for part in
+            [&[10, 8, 1, 4][..], &[10, 8, 1, 5], &50_000_u16.to_be_bytes(), &8080_u16.to_be_bytes(), &[6]]
+        {
             assert!(bytes.windows(part.len()).any(|window| window == part), "{part:?}");
         }
     }

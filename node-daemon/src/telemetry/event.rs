@@ -62,6 +62,8 @@ pub enum Event {
     KernelFailed { call: &'static str, problem: String },
     /// Whether connections inside the node may go by the kernel alone; `problem` says why not.
     DirectPath { on: bool, problem: Option<String> },
+    /// Direct connections of a pod take no shortcut past the host's network stack, and work without; `problem` says why.
+    ShortcutOff { workload: ObjectName, problem: String },
     /// A listener could not accept; it is tried again.
     AcceptFailed { workload: ObjectName, listener: &'static str, problem: String },
     /// A named limit was reached; its constant says what happens then. `limit` is the constant's name in lower case.

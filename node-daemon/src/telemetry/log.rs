@@ -136,6 +136,9 @@ pub(super) fn write(event: &Event) {
         Event::DirectPath { on: false, problem } => {
             warn!(target: "event", problem, "direct path off");
         }
+        Event::ShortcutOff { workload, problem } => {
+            info!(target: "event", %workload, problem, "shortcut off");
+        }
         Event::AcceptFailed { workload, listener, problem } => {
             error!(target: "event", %workload, listener, problem, "accept failed");
         }

@@ -22,7 +22,7 @@ use prometheus_client::{
 };
 use spiffe_id::SpiffeId;
 
-use super::event::{ConnectionRecord, Direction, Endpoint, Ends, Event, RequestRecord, Verdict};
+use super::event::{ConnectionRecord, Direction, Endpoint, Ends, Event, RequestRecord, Shadow, Verdict};
 
 /// Label sets of one metric: 500 workloads of a node with 8 peers each. Beyond it, what is new is counted under
 /// [`OTHER`] in every label, and [`LABEL_SETS_LIMIT`] is counted.
@@ -46,6 +46,7 @@ pub struct Metrics {
     received_bytes: Family<ConnectionLabels, Counter>,
     requests: Bounded<RequestLabels, Counter>,
     denials: Family<DenialLabels, Counter>,
+    shadow_verdicts: Family<VerdictLabels, Counter>,
     kernel_drops: Family<ReasonLabels, Counter<u64, AtomicU64>>,
     kernel_verdicts: Family<VerdictLabels, Counter<u64, AtomicU64>>,
     unmeshed: Gauge,
@@ -225,6 +226,8 @@ impl Metrics {
             | Event::AuditOpened { .. }
             | Event::DaemonDraining { .. }
             | Event::NodeJoined { .. }
+            | Event::ShortcutOff { .. }
+            | Event::RuleFilesRead { .. }
             | Event::TrustChanged { .. }
             | Event::CertificateExpired { .. } => {}
         }
@@ -241,7 +244,15 @@ impl Metrics {
         met
     }
 
+    /// What the answer would be if everything were enforced that is only tried (policy B-11, F-3).
+    fn count_shadow(&self, shadow: Option<&Shadow>) {
+        if let Some(shadow) = shadow {
+            self.shadow_verdicts.get_or_create(&VerdictLabels { verdict: shadow.verdict.label() }).inc();
+        }
+    }
+
     fn count_ended(&self, record: &ConnectionRecord) -> Option<&'static str> {
+        self.count_shadow(record.shadow.as_ref());
         if let Some(reason) = record.reason.filter(|_| record.verdict != Verdict::Allowed) {
             let labels = DenialLabels { direction: record.ends.direction.label(), reason: reason.label() };
             self.denials.get_or_create(&labels).inc();
@@ -261,6 +272,7 @@ impl Metrics {
     }
 
     fn count_request(&self, record: &RequestRecord) -> Option<&'static str> {
+        self.count_shadow(record.shadow.as_ref());
         if let Some(reason) = record.reason.filter(|_| record.verdict != Verdict::Allowed) {
             let labels = DenialLabels { direction: record.ends.direction.label(), reason: reason.label() };
             self.denials.get_or_create(&labels).inc();
@@ -435,6 +447,7 @@ impl Default for Metrics {
             received_bytes: Family::default(),
             requests: Bounded::default(),
             denials: Family::default(),
+            shadow_verdicts: Family::default(),
             kernel_drops: Family::default(),
             kernel_verdicts: Family::default(),
             unmeshed: Gauge::default(),
@@ -488,6 +501,11 @@ impl Metrics {
             "culvert_denials",
             "Connections and requests denied or failed, by reason",
             self.denials.clone(),
+        );
+        registry.register(
+            "culvert_shadow_verdicts",
+            "What the answer to connections and requests would be if what is only tried were enforced",
+            self.shadow_verdicts.clone(),
         );
         registry.register(
             "culvert_kernel_drops",

@@ -112,6 +112,9 @@ impl Reconciler {
         let scope = Scope { ports: None, exempt, cgroups: None };
         let namespace = Arc::new(namespace);
         let standing = self.close_in(workload, &namespace, number, continues, &addresses, &scope).await?;
+        let pod = (&workload.name, number);
+        let grounds = (&*namespace, &*self.host);
+        self.shortcut.give(&mut self.kernel, pod, grounds, &workload.addresses).await;
         let ground = Arc::new(PodGround {
             namespace: Arc::clone(&namespace),
             exempt: Arc::clone(&self.exempt),

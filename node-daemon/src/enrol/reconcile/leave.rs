@@ -96,6 +96,7 @@ impl Reconciler {
             self.pairs.end_all_of(&pod, &self.pods());
         }
         self.ledger.depart(entry.number);
+        self.shortcut.leave(&name);
         self.are_pairs_stale = true;
         if entry.cgroup.is_some() && !self.places.contains_key(&self.host.cookie()) {
             self.host_listeners = None;

@@ -29,6 +29,7 @@ impl Reconciler {
                 if let Some(place) = self.places.get_mut(&cookie) {
                     place.addresses = addresses;
                 }
+                self.stale_shortcuts.insert(cookie);
                 for number in numbers {
                     if let Err(error) = self.kernel.addresses(number, &list) {
                         self.failed("changing own addresses", &error);
