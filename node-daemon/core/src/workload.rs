@@ -162,6 +162,8 @@ pub struct Mesh {
     pub default_mode: TransportMode,
     /// Where neither workload nor namespace says anything.
     pub same_node: SameNode,
+    /// Whether a token without `exp` counts as expired (policy G-6).
+    pub needs_token_expiry: bool,
     /// Nobody may speak as one of these, whatever the policy says (`barredIdentities`).
     pub barred_identities: Vec<SpiffeId>,
     /// Addresses inside these that nobody knows are held, then denied (DESIGN 3.4.9).

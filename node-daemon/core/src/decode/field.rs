@@ -110,6 +110,11 @@ impl<'a> Field<'a> {
         Ok(map.iter().map(entry).collect())
     }
 
+    pub(super) fn flag(&self) -> Result<bool, InvalidObject> {
+        let flag = self.value.as_bool();
+        flag.ok_or_else(|| self.refuse("true or false", "write true or false without quotes"))
+    }
+
     /// A TCP port: 1 to 65535.
     pub(super) fn port(&self) -> Result<u16, InvalidObject> {
         self.value

@@ -26,6 +26,7 @@ impl Mesh {
             root_namespace: ROOT_NAMESPACE.to_owned(),
             default_mode: TransportMode::Permissive,
             same_node: SameNode::Direct,
+            needs_token_expiry: false,
             barred_identities: Vec::new(),
             pod_ranges: Vec::new(),
         }
@@ -49,6 +50,7 @@ pub(crate) fn mesh(object: &Object, configured: &TrustDomain) -> Result<Mesh, In
         "rootNamespace",
         "defaultMode",
         "sameNode",
+        "requireTokenExpiry",
         "barredIdentities",
         "podRanges",
     ])?;
@@ -77,6 +79,9 @@ pub(crate) fn mesh(object: &Object, configured: &TrustDomain) -> Result<Mesh, In
             "DISABLE" => TransportMode::Disabled,
             _ => return Err(field.refuse("STRICT, PERMISSIVE or DISABLE", "write one of the three")),
         };
+    }
+    if let Some(field) = spec.at("requireTokenExpiry") {
+        mesh.needs_token_expiry = field.flag()?;
     }
     if let Some(field) = spec.at("sameNode") {
         mesh.same_node = same_node(&field)?;

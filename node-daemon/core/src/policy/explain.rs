@@ -51,6 +51,15 @@ pub struct Explanation {
     pub considered: Vec<Considered>,
 }
 
+impl Explanation {
+    /// Denied before any rule.
+    pub(crate) fn unheard(denial: &Denial, unreadable: Option<&str>, considered: Vec<Considered>) -> Self {
+        let label = denial.reason.label();
+        let reason = unreadable.map_or_else(|| label.to_owned(), |problem| format!("{label}: {problem}"));
+        Self { allowed: false, policy: None, rule: None, reason, considered }
+    }
+}
+
 impl Compiled {
     /// What [`Self::admit`] and, with a request, [`Self::judge_request`] say, and why.
     pub fn explain(&self, connection: &ConnectionFacts, request: Option<&RequestFacts<'_>>) -> Explanation {

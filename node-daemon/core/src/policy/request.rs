@@ -13,7 +13,7 @@ use super::{
     paths::{Path, PathFault},
     rules::PortRules,
     seen::{Headers, RESERVED_NAMES, Seen, SeenRequest, SeenToken, header},
-    tokens::{TokenFault, TokenRules, Tokens},
+    tokens::{KeptBack, TokenFault, TokenRules, Tokens},
 };
 use crate::workload::{Protocol, TransportMode, Workload};
 
@@ -57,6 +57,7 @@ pub struct RequestPermit {
     verdict: Verdict,
     upstream_path: Option<String>,
     removed: Vec<Box<str>>,
+    removed_cookies: Vec<Box<str>>,
     added: Vec<(Box<str>, String)>,
     attributes: Attributes,
 }
@@ -76,6 +77,11 @@ impl RequestPermit {
     /// case.
     pub fn removed_headers(&self) -> impl Iterator<Item = &str> {
         self.removed.iter().map(|name| &**name)
+    }
+
+    /// Cookies that the workload must not get: [`without_cookies`](super::tokens::without_cookies) takes them out.
+    pub fn removed_cookies(&self) -> impl Iterator<Item = &str> {
+        self.removed_cookies.iter().map(|name| &**name)
     }
 
     /// Headers that the workload gets, after the removed ones are gone (policy F-2).
@@ -153,6 +159,11 @@ impl RequestDenial {
         headers: &dyn Headers,
     ) -> Self {
         Self { kind, reason, verdict, token_fault: None, is_grpc: is_grpc(headers) }
+    }
+
+    /// Nobody was asked: a document cannot be read (T-19), or nobody may speak as an end of the connection.
+    pub(crate) fn unheard(denial: Denial, request: &RequestFacts<'_>) -> Self {
+        Self::not_enrolled(denial, request)
     }
 
     fn not_enrolled(denial: Denial, request: &RequestFacts<'_>) -> Self {
@@ -371,8 +382,9 @@ impl PortRules {
         request: &RequestFacts<'_>,
     ) -> RequestPermit {
         let mut removed: Vec<Box<str>> = RESERVED_NAMES.iter().map(|name| (*name).into()).collect();
-        let (headers, parameters) = request.tokens.kept_back();
+        let KeptBack { headers, parameters, cookies } = request.tokens.kept_back();
         removed.extend(headers.into_iter().map(Into::into));
+        let removed_cookies = cookies.into_iter().map(Into::into).collect();
         let mut added = Vec::new();
         for rule in &self.authentication.requests {
             let token =
@@ -389,7 +401,14 @@ impl PortRules {
                 path.without_parameters(|name| parameters.contains(&name))
             }
         });
-        RequestPermit { verdict, upstream_path, removed, added, attributes: Attributes::of(known) }
+        RequestPermit {
+            verdict,
+            upstream_path,
+            removed,
+            removed_cookies,
+            added,
+            attributes: Attributes::of(known),
+        }
     }
 }
 

@@ -48,10 +48,28 @@ pub(super) fn transport(
         Some(transport) => transport,
     };
     let authentication = match place.protocol {
-        Protocol::Tcp => Authentication::default(), // policy A-7
+        Protocol::Tcp => {
+            note_idle_tokens(place, book, notes);
+            Authentication::default() // policy A-7
+        }
         Protocol::Http | Protocol::Grpc => authentication(place, &policies, book),
     };
     (transport, authentication)
+}
+
+/// A port that names no HTTP carries no request whose token could be looked at (policy A-7, H-8).
+fn note_idle_tokens(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) {
+    let Some(port) = place.port else { return };
+    for candidate in &book.request_authentications {
+        let Ok(body) = candidate.body else { continue };
+        let is_selected = book.is_in_scope(&candidate.name.namespace, &place.workload.name.namespace)
+            && selects(&body.selector, place.workload);
+        if is_selected && !body.rules.is_empty() {
+            let name = &place.workload.name;
+            let sentence = format!("no effect on port {port} of {name}, which carries TCP, not HTTP");
+            notes.problem(candidate.label, "spec.jwtRules", sentence);
+        }
+    }
 }
 
 /// A policy that applies to a port, and its name.
@@ -90,7 +108,8 @@ fn authentication(place: &Place<'_>, policies: &[Applied<'_>], book: &Book<'_>) 
         }
     }
     let of_origins = origins.iter().flat_map(|step| step.methods.iter().map(|method| method.rule.clone()));
-    let tokens = TokenRules::new(of_origins.chain(requests.iter().cloned()).collect());
+    let tokens =
+        TokenRules::new(of_origins.chain(requests.iter().cloned()).collect(), book.mesh.needs_token_expiry);
     let peer_is_optional = !policies.is_empty() && policies.iter().all(|(_, policy)| policy.peer_is_optional);
     Authentication { peer_is_optional, origins, requests, request_policy, unusable, tokens }
 }

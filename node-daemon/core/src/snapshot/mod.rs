@@ -16,13 +16,13 @@ use std::{
 
 use spiffe_id::SpiffeId;
 
-pub use self::leave::{Decided, Leaving, Names, Originated, Proof};
 use self::directory::{Directory, Owner};
+pub use self::leave::{Decided, Leaving, Names, Originated, Proof};
 use crate::{
     decode::{DeclaredWorkload, Enrolment, Source},
     policy::{
-        self, Admission, Compiled, ConnectionFacts, Denial, DenialReason, Explanation,
-        Inventory, ObjectStatus, Permit, PolicyObjects, RequestDenial, RequestFacts, RequestPermit, Verdict,
+        self, Admission, Compiled, ConnectionFacts, Denial, DenialReason, Explanation, Inventory,
+        ObjectStatus, Permit, PolicyObjects, RequestDenial, RequestFacts, RequestPermit, Verdict,
         tokens::TokenRules,
     },
     store::Problem,
@@ -217,19 +217,24 @@ impl Snapshot {
     /// May one request of a connection that was [admitted](Snapshot::admit) by this snapshot reach the workload?
     ///
     /// # Errors
-    /// What the client is told, and who decided.
+    /// What the client is told, and who decided; as with [`Snapshot::authorise`] before any rule.
     pub fn judge_request(
         &self,
         connection: &ConnectionFacts,
         request: &RequestFacts<'_>,
     ) -> Result<RequestPermit, RequestDenial> {
+        self.hears(connection).map_err(|denial| RequestDenial::unheard(denial, request))?;
         self.compiled.judge_request(connection, request)
     }
 
-    /// Why [`Snapshot::admit`] and, with a request, [`Snapshot::judge_request`] answer as they do. The rules alone are asked:
-    /// while [`Snapshot::unreadable`] is something, everything is denied all the same.
+    /// Why [`Snapshot::admit`] and, with a request, [`Snapshot::judge_request`] answer as they do.
     pub fn explain(&self, connection: &ConnectionFacts, request: Option<&RequestFacts<'_>>) -> Explanation {
-        self.compiled.explain(connection, request)
+        let explained = self.compiled.explain(connection, request);
+        match self.hears(connection) {
+            Ok(()) => explained,
+            // T-19: the rules that were considered stay, as they would answer otherwise.
+            Err(denial) => Explanation::unheard(&denial, self.unreadable(), explained.considered),
+        }
     }
 
     /// What is in force, compiled: for questions that no traffic asks, such as [`Compiled::smallest_changes`] and
@@ -372,7 +377,8 @@ impl Snapshot {
             sources.insert(workload.name.clone(), source);
             by_name.insert(workload.name.clone(), workload);
         }
-        let directory = Directory::build(&by_name, &services, &contents.externals, &mesh, &sources, &mut problems);
+        let directory =
+            Directory::build(&by_name, &services, &contents.externals, &mesh, &sources, &mut problems);
         let services = services.into_iter().map(|(name, (service, _))| (name, service)).collect();
         let inventory = Inventory { mesh: &mesh, workloads: &by_name, services: &services, node: &node };
         let compiled = policy::compile(policies, &inventory);

@@ -363,6 +363,14 @@ fn while_a_file_is_unreadable_everyone_is_denied() {
         };
         let denial = world.authorise(&facts).expect_err("nothing is known of the policy");
         assert_eq!(denial.reason, DenialReason::PolicyUnusable);
+        let headers: &[(&str, &str)] = &[];
+        let tokens = policy::tokens::Tokens::none();
+        let request =
+            RequestFacts { method: "GET", path: Some("/"), host: None, headers: &headers, tokens: &tokens };
+        let denial = world.judge_request(&facts, &request).expect_err("as the connection");
+        assert_eq!((denial.reason, denial.answer().status), (DenialReason::PolicyUnusable, 403));
+        let explained = world.explain(&facts, Some(&request));
+        assert!(!explained.allowed && explained.reason.contains("half a file"), "{}", explained.reason);
     }
 }
 

@@ -67,6 +67,7 @@ impl Default for World {
         Self {
             mesh: Mesh {
                 same_node: crate::workload::SameNode::Direct,
+                needs_token_expiry: false,
                 barred_identities: Vec::new(),
                 trust_domain: domain("cluster.local"),
                 trust_domain_aliases: vec![domain("old.local")],

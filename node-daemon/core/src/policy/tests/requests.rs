@@ -254,6 +254,72 @@ fn too_many_tokens_are_too_many() {
 }
 
 #[test]
+fn a_cookie_that_carried_a_token_is_taken_out_and_no_other() {
+    use crate::policy::tokens::without_cookies;
+    let without = |value: &str| {
+        without_cookies(value.as_bytes(), |name| name == "t")
+            .map(|kept| String::from_utf8(kept).expect("text"))
+    };
+    for (value, expected) in [
+        ("t=x", None),
+        ("t=x; t=y", None),
+        ("t=", None),
+        ("a=1; t=x; b=2", Some("a=1; b=2")),
+        ("t=x;a=1", Some("a=1")),
+        ("a=1;  b=2 ", Some("a=1; b=2")),
+        ("tt=x; T=y; t", Some("tt=x; T=y; t")),
+        ("a=t=x", Some("a=t=x")),
+        (" ; ;", None),
+    ] {
+        assert_eq!(without(value).as_deref(), expected, "{value}");
+    }
+    assert_eq!(without_cookies(b"a=\xff; t=x", |name| name == "t").as_deref(), Some(&b"a=\xff"[..]));
+}
+
+/// What becomes of a request with this token in a cookie, by the rule and by whether tokens need an end.
+#[track_caller]
+fn cookie(forwards: bool, needs_expiry: bool, claims: &Value) -> (bool, Vec<String>) {
+    let mut world = World::default();
+    world.mesh.needs_token_expiry = needs_expiry;
+    let objects = format!(
+        "RequestAuthentication photo/r: {{jwtRules: [{{issuer: i, fromCookies: [t], forwardOriginalToken: {forwards}}}]}}"
+    );
+    let compiled = world.compile(&load(&objects).0);
+    let facts = world.facts(FRONTEND);
+    let rules = compiled.token_rules(&facts.destination, facts.destination_port).expect("tokens count there");
+    let value = format!("a=1; t={}", token(claims));
+    let headers: &[(&str, &str)] = &[("cookie", &value)];
+    let tokens = rules.verify(rules.locate(Some("/"), &headers), NOW, &Trusting);
+    let request =
+        RequestFacts { method: "GET", path: Some("/"), host: None, headers: &headers, tokens: &tokens };
+    match compiled.judge_request(&facts, &request) {
+        Ok(permit) => (true, permit.removed_cookies().map(str::to_owned).collect()),
+        Err(_) => (false, Vec::new()),
+    }
+}
+
+#[test]
+fn a_token_that_is_not_forwarded_leaves_its_cookie_and_one_without_an_end_is_a_matter_of_the_mesh() {
+    // policy F-2, G-6, A-12
+    let endless = json!({"iss": "i", "sub": "s"});
+    let lasting = json!({"iss": "i", "sub": "s", "exp": NOW + 60});
+    let ended = json!({"iss": "i", "sub": "s", "exp": NOW});
+    let empty = json!({"iss": "i", "sub": "s", "exp": null});
+    let taken = vec!["t".to_owned()];
+    for (forwards, needs_expiry, claims, expected) in [
+        (false, false, &endless, (true, taken.clone())),
+        (true, false, &endless, (true, Vec::new())),
+        (false, true, &lasting, (true, taken)),
+        (false, true, &endless, (false, Vec::new())),
+        (true, true, &empty, (false, Vec::new())),
+        (false, false, &ended, (false, Vec::new())),
+        (false, true, &ended, (false, Vec::new())),
+    ] {
+        assert_eq!(cookie(forwards, needs_expiry, claims), expected, "{forwards} {needs_expiry} {claims}");
+    }
+}
+
+#[test]
 fn an_explanation_names_what_was_wanted() {
     let world = World::default();
     let objects = "AuthorizationPolicy photo/a: {rules: [{from: [{source: {namespaces: [shop]}}], to: [{operation: {methods: [PUT]}}]}, {to: [{operation: {methods: [POST]}}]}]}";

@@ -171,6 +171,12 @@ fn what_layer_4_does_not_enforce_is_said() {
             "USE_ORIGIN without origins",
         ),
         (
+            "RequestAuthentication photo/r: {jwtRules: [{issuer: a}]}",
+            "RequestAuthentication photo/r",
+            "spec.jwtRules",
+            "no effect on port 9000 of photo/backend, which carries TCP",
+        ), // policy A-7
+        (
             "DestinationRule photo/d: {host: \"*.local\", trafficPolicy: {tls: {mode: DISABLE}}}",
             "DestinationRule photo/d",
             "spec.trafficPolicy.tls.mode",

@@ -118,11 +118,13 @@ impl Location {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TokenRules {
     rules: Vec<Arc<IssuerRule>>,
+    /// Whether a token without `exp` is as good as expired (policy G-6).
+    needs_expiry: bool,
 }
 
 impl TokenRules {
-    pub(super) fn new(rules: Vec<Arc<IssuerRule>>) -> Self {
-        Self { rules }
+    pub(super) fn new(rules: Vec<Arc<IssuerRule>>, needs_expiry: bool) -> Self {
+        Self { rules, needs_expiry }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -149,7 +151,7 @@ impl TokenRules {
         let judge = |(position, candidate): (usize, Candidate)| {
             let rule = Arc::clone(self.rules.get(candidate.rule)?);
             let outcome = if position < TOKENS_MAX {
-                verify::verify(&rule, &candidate.text, now, signatures)
+                verify::verify(&rule, &candidate.text, now, self.needs_expiry, signatures)
             } else {
                 Err(TokenFault::TooMany)
             };
@@ -224,19 +226,38 @@ impl Tokens {
         Ok(own().find_map(|judged| Some((&judged.rule, judged.outcome.as_ref().ok()?))))
     }
 
-    /// Headers and query parameters that carried valid tokens which their rules do not forward.
-    pub(super) fn kept_back(&self) -> (Vec<&str>, Vec<&str>) {
-        let (mut headers, mut parameters) = (Vec::new(), Vec::new());
+    /// What carried valid tokens which their rules do not forward.
+    pub(super) fn kept_back(&self) -> KeptBack<'_> {
+        let mut kept = KeptBack::default();
         for judged in self.judged.iter().filter(|judged| judged.outcome.is_ok() && !judged.rule.forwards) {
             match &judged.candidate.location {
-                Location::Header { name, .. } => headers.push(&**name),
-                Location::Parameter(name) => parameters.push(&**name),
-                // RFC 6265 gives all cookies in one header: the token's stays.
-                Location::Cookie(_) => {}
+                Location::Header { name, .. } => kept.headers.push(name),
+                Location::Parameter(name) => kept.parameters.push(name),
+                Location::Cookie(name) => kept.cookies.push(name),
             }
         }
-        (headers, parameters)
+        kept
     }
+}
+
+/// Names under which a request carried tokens that the workload must not get.
+#[derive(Debug, Default)]
+pub(super) struct KeptBack<'t> {
+    pub(super) headers: Vec<&'t str>,
+    pub(super) parameters: Vec<&'t str>,
+    pub(super) cookies: Vec<&'t str>,
+}
+
+/// A `cookie` header without the cookies for which `is_removed` says so, as tokens are found in it; `None`: nothing is left.
+pub fn without_cookies(value: &[u8], is_removed: impl Fn(&str) -> bool) -> Option<Vec<u8>> {
+    let name = |pair: &[u8]| {
+        let pair = String::from_utf8_lossy(pair);
+        pair.trim().split_once('=').is_some_and(|(name, _)| is_removed(name))
+    };
+    let kept: Vec<&[u8]> =
+        value.split(|byte| *byte == b';').filter(|pair| !name(pair)).map(<[u8]>::trim_ascii).collect();
+    let kept: Vec<&[u8]> = kept.into_iter().filter(|pair| !pair.is_empty()).collect();
+    (!kept.is_empty()).then(|| kept.join(&b"; "[..]))
 }
 
 impl IssuerRule {

@@ -142,6 +142,7 @@ pub(super) fn verify(
     rule: &IssuerRule,
     text: &str,
     now: u64,
+    needs_expiry: bool,
     signatures: &dyn Signatures,
 ) -> Result<VerifiedToken, TokenFault> {
     if text.len() > TOKEN_BYTES_MAX {
@@ -153,6 +154,9 @@ pub(super) fn verify(
     let header = object(header).ok_or(TokenFault::Header)?;
     let claims = object(payload).ok_or(TokenFault::Payload)?;
     let (algorithm, kid) = algorithm(&header)?;
+    if needs_expiry && claims.get("exp").is_none_or(Value::is_null) {
+        return Err(TokenFault::Expired); // policy G-6
+    }
     let token = check_claims(rule, claims, now)?;
     let signature = decode(signature).filter(|bytes| !bytes.is_empty()).ok_or(TokenFault::Signature)?;
     let signed_bytes = text.rfind('.').unwrap_or_default();
