@@ -291,7 +291,7 @@ fn cleanup_leaves_nothing() {
     let (world, mut kernel) = World::with_kernel();
     let _daemon = world.enrol(&mut kernel);
     let report = cleanup(&world.config()).expect("everything can be removed");
-    assert_eq!((report.links, report.maps), (6, 17));
+    assert_eq!((report.links, report.maps), (6, 19));
     assert!(world.pins().is_empty());
     assert_eq!(cleanup(&world.config()).expect("nothing to remove").links, 0);
 }
