@@ -103,6 +103,31 @@ fn check(folder: &Path, question: &str, status: i32, words: &[&str]) {
 }
 
 #[test]
+fn the_fewest_attributes_that_turn_the_verdict_over_are_named() {
+    let folder = folder("smallest");
+    let of = |question: &str, status, words: &[&str]| check(&folder, question, status, words);
+    of(
+        "photo/frontend photo/backend:80 POST /albums",
+        1,
+        &["allowed with: request.method GET instead of POST"],
+    );
+    of("photo/backend photo/backend-0:8080 GET /", 2, &[]);
+    of(
+        "photo/frontend photo/backend:80 POST /admin",
+        1,
+        &["allowed with: request.method GET instead of POST, and request.path / instead of /admin"],
+    );
+    of(
+        "photo/frontend photo/backend:80 GET /albums",
+        0,
+        &[
+            "denied with: source.principal unset instead of cluster.local/ns/photo/sa/frontend",
+            "denied with: request.path /admin instead of /albums",
+        ],
+    );
+}
+
+#[test]
 fn the_deciding_object_rule_attribute_and_the_least_change_are_named() {
     let folder = folder("answers");
     check(

@@ -10,6 +10,7 @@ use std::{
 
 use node_core::{
     cases::Library,
+    decode::Source,
     snapshot::Snapshot,
     store::{Store, Update},
 };
@@ -82,7 +83,11 @@ pub(super) fn snapshot(files: &[OfFile], node: &str, trust_domain: &TrustDomain)
 /// What is wrong with the documents: the answer may hang on it.
 pub(super) fn problems(snapshot: &Snapshot) -> Vec<String> {
     let of_documents = snapshot.problems().iter().map(ToString::to_string);
-    let of_policies = snapshot.statuses().iter().filter(|status| !status.accepted).filter_map(|status| {
+    let is_told = |source: &Source| {
+        snapshot.problems().iter().any(|told| told.file == source.file && told.index == Some(source.index))
+    };
+    let refused = snapshot.statuses().iter().filter(|status| !status.accepted && !is_told(&status.source));
+    let of_policies = refused.filter_map(|status| {
         let problem = status.problem.as_deref()?;
         Some(format!("{}: {} {}: {problem}", status.source.file, status.kind, status.name))
     });

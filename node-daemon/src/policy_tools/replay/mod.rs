@@ -214,8 +214,14 @@ fn tell(snapshot: &Snapshot, workload: &Arc<Workload>, judged: &Judged, told_by_
     }
     // A stream until now, which would be taken apart: nobody knows what it carried.
     let carried = RequestPoint::new("GET", Some("/"), None, Vec::new());
-    compiled.tell(&Point { request: Some(carried), ..point }, &Unknown { request: true, ..unknown })
+    match compiled.tell(&Point { request: Some(carried), ..point }, &Unknown { request: true, ..unknown }) {
+        Told::Needs(_) => Told::Needs(vec![CARRIED.to_owned()]),
+        told @ Told::Surely(_) => told,
+    }
 }
+
+/// What the line of a stream lacks if its port is judged request by request.
+const CARRIED: &str = "method and path of the requests that it carried";
 
 fn to(judged: &Judged) -> String {
     format!("{} port {}", judged.workload, judged.destination.port())

@@ -88,6 +88,11 @@ impl<K: Ord> Groups<K> {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn rest_count(&self) -> u64 {
+        self.rest.count
+    }
+
     /// The largest first.
     fn sorted(&self) -> Vec<(&K, &Numbers)> {
         let mut groups: Vec<(&K, &Numbers)> = self.groups.iter().collect();
