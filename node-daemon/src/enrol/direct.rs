@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use ebpf_abi::{DirectEvent, DirectEventKind, DirectValue, Tuple, WorkloadNumber, limits};
@@ -40,6 +40,13 @@ const REFUSED_LINES_MAX: usize = 50;
 /// Name of that limit.
 const REFUSED_LINES_LIMIT: &str = "refused_lines_max";
 
+/// How long the kernel must list a connection of which nobody told, or not list one that is known, before that counts: events are
+/// read ten times a second, so the one that tells may be on its way.
+const UNTOLD_AFTER: Duration = Duration::from_secs(2);
+
+/// How long it is kept why a connection was ended: its last event comes within a tenth of a second.
+const CAUSE_KEPT: Duration = Duration::from_secs(10);
+
 /// Why a direct connection is ended from this side.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
@@ -63,18 +70,28 @@ struct Known {
     snapshot: Option<Arc<Snapshot>>,
     /// The one before: what the kernel tells may have been decided by its table.
     former: Option<Arc<Snapshot>>,
-    /// By the cookie of the client's socket.
+    /// By the cookie of the client's socket, as all that follow.
     open: BTreeMap<u64, Open>,
+    /// What the kernel lists and nobody told of, and since when.
+    untold: BTreeMap<u64, Instant>,
+    /// What was ended from this side, why, and when.
+    causes: BTreeMap<u64, (Cause, Instant)>,
+    /// A list of the kernel was looked through.
+    is_compared: bool,
 }
 
 #[derive(Debug)]
 struct Open {
+    source: WorkloadNumber,
+    destination: WorkloadNumber,
+    tuple: Tuple,
     ends: Arc<Ends>,
     deciding: Deciding,
     snapshot: u64,
-    cause: Option<Cause>,
-    /// The kernel did not list it the last time.
-    is_missing: bool,
+    /// Its beginning was told and counted.
+    is_opened: bool,
+    /// Since when the kernel does not list it.
+    missing: Option<Instant>,
 }
 
 /// One direct connection, in the words of the documents.
@@ -116,9 +133,27 @@ impl Ledger {
 
     /// A connection that is about to be ended from this side.
     pub(super) fn doom(&self, cookie: u64, cause: Cause) {
-        if let Some(open) = self.lock().open.get_mut(&cookie) {
-            open.cause.get_or_insert(cause);
-        }
+        let now = Instant::now();
+        let mut known = self.lock();
+        known.causes.retain(|_, (_, since)| now.duration_since(*since) < CAUSE_KEPT);
+        known.causes.entry(cookie).or_insert((cause, now));
+    }
+
+    /// What is open was judged again by the current snapshot, and may go on.
+    pub(super) fn go_on(&self) {
+        let mut known = self.lock();
+        let open = std::mem::take(&mut known.open);
+        let judged = open.into_iter().map(|(cookie, open)| {
+            let Some(snapshot) = known.snapshot.as_ref().filter(|_| !known.causes.contains_key(&cookie))
+            else {
+                return (cookie, open);
+            };
+            match known.meeting(open.source, open.destination, &open.tuple).judged_by(snapshot) {
+                Some(Ok(deciding)) => (cookie, Open { deciding, snapshot: snapshot.number(), ..open }),
+                Some(Err(_)) | None => (cookie, open),
+            }
+        });
+        known.open = judged.collect();
     }
 
     /// Why a connection may not go on directly, in the words of the policy.
@@ -132,32 +167,43 @@ impl Ledger {
         }
     }
 
-    /// Compares with what the kernel lists. What it lists and nobody told of, such as a predecessor's, is entered; what it
-    /// does not list twice in a row is over, and its end was not told.
-    pub(super) fn compare(&self, listed: &[(Tuple, DirectValue)]) {
+    /// Compares with what the kernel lists. What it lists and nobody told of is entered, a predecessor's at once; what it does
+    /// not list any more is over, and its end was not told.
+    pub(super) fn compare(&self, listed: &[(Tuple, DirectValue)], now: Instant) {
         let mut lost = Vec::new();
-        let mut known = self.lock();
+        let mut guard = self.lock();
+        let known = &mut *guard;
         let cookies: BTreeMap<u64, &(Tuple, DirectValue)> = listed
             .iter()
             .filter(|(_, value)| value.is_established())
             .map(|entry| (entry.1.socket_cookie, entry))
             .collect();
+        known.untold.retain(|cookie, _| cookies.contains_key(cookie));
         for (cookie, (tuple, value)) in &cookies {
-            if !known.open.contains_key(cookie) {
+            if known.open.contains_key(cookie) {
+                continue;
+            }
+            let since = *known.untold.entry(*cookie).or_insert(now);
+            if !known.is_compared || now.duration_since(since) >= UNTOLD_AFTER {
+                known.untold.remove(cookie);
                 let open = known.enter(&self.events, value.source, value.destination, tuple);
                 known.open.insert(*cookie, open);
             }
         }
+        known.is_compared = true;
         known.open.retain(|cookie, open| {
-            let (was_missing, is_missing) = (open.is_missing, !cookies.contains_key(cookie));
-            open.is_missing = is_missing;
-            let is_lost = was_missing && is_missing;
+            if cookies.contains_key(cookie) {
+                open.missing = None;
+                return true;
+            }
+            let since = *open.missing.get_or_insert(now);
+            let is_lost = now.duration_since(since) >= UNTOLD_AFTER;
             if is_lost {
-                lost.push(open.ended(None));
+                lost.push(open.ended(None, None));
             }
             !is_lost
         });
-        drop(known);
+        drop(guard);
         for record in lost {
             self.events.emit(&Event::ConnectionEnded(Box::new(record)));
         }
@@ -200,11 +246,13 @@ impl Ledger {
             Some(DirectEventKind::Closed) => {
                 let cookie = event.socket_cookie;
                 let open = known.open.remove(&cookie);
+                known.untold.remove(&cookie);
+                let cause = known.causes.remove(&cookie).map(|(cause, _)| cause);
                 // Its beginning was not told.
                 let open = open.unwrap_or_else(|| {
                     known.enter(&self.events, event.source, event.destination, &event.tuple)
                 });
-                Some(Event::ConnectionEnded(Box::new(open.ended(Some(event)))))
+                Some(Event::ConnectionEnded(Box::new(open.ended(Some(event), cause))))
             }
             Some(DirectEventKind::Refused) => Some(known.refused(&self.events, event)),
             None => None,
@@ -222,13 +270,15 @@ impl Ledger {
 
 impl Known {
     fn opened(&mut self, events: &Sink, event: &DirectEvent) -> Option<Event> {
-        if self.open.contains_key(&event.socket_cookie) {
-            return None;
+        let cookie = event.socket_cookie;
+        self.untold.remove(&cookie);
+        if !self.open.contains_key(&cookie) {
+            let open = self.enter(events, event.source, event.destination, &event.tuple);
+            self.open.insert(cookie, open);
         }
-        let open = self.enter(events, event.source, event.destination, &event.tuple);
-        let ends = Arc::clone(&open.ends);
-        self.open.insert(event.socket_cookie, open);
-        Some(Event::ConnectionOpened(ends))
+        let open = self.open.get_mut(&cookie).filter(|open| !open.is_opened)?;
+        open.is_opened = true;
+        Some(Event::ConnectionOpened(Arc::clone(&open.ends)))
     }
 
     fn enter(
@@ -243,7 +293,7 @@ impl Known {
         let ends = Arc::new(meeting.ends(events, &deciding));
         // Where nothing may pass without a record nothing is direct; see `Pairs::new`.
         let _ = events.decide(|| Decision::allowed(Arc::clone(&ends), None, deciding.clone(), snapshot));
-        Open { ends, deciding, snapshot, cause: None, is_missing: false }
+        Open { source, destination, tuple: *tuple, ends, deciding, snapshot, is_opened: false, missing: None }
     }
 
     /// Rule and snapshot that permit it: the current one, or if it came right before that, the one before.
@@ -347,8 +397,8 @@ impl Meeting {
 
 impl Open {
     /// Its line; without an event the kernel told nothing of its end.
-    fn ended(&self, event: Option<&DirectEvent>) -> ConnectionRecord {
-        let (verdict, reason) = match &self.cause {
+    fn ended(&self, event: Option<&DirectEvent>, cause: Option<Cause>) -> ConnectionRecord {
+        let (verdict, reason) = match &cause {
             Some(Cause::Denied(denial)) => (Verdict::Denied, Some(Reason::Policy(denial.reason))),
             Some(Cause::Proxied) => (Verdict::Allowed, Some(Reason::Rejudged)),
             Some(Cause::WorkloadLeft) => (Verdict::Allowed, Some(Reason::WorkloadLeft)),
@@ -357,11 +407,11 @@ impl Open {
                 (Verdict::Allowed, (!is_orderly).then_some(Reason::Aborted))
             }
         };
-        let deciding = match &self.cause {
+        let deciding = match &cause {
             Some(Cause::Denied(denial)) => denial.verdict.clone(),
             Some(Cause::Proxied | Cause::WorkloadLeft) | None => self.deciding.clone(),
         };
-        let detail = match (&self.cause, event) {
+        let detail = match (&cause, event) {
             (_, None) => Some("the kernel did not tell how it ended"),
             (Some(Cause::Proxied), Some(_)) => Some("it takes the way through the daemon by now"),
             (Some(Cause::Denied(_) | Cause::WorkloadLeft) | None, Some(_)) => None,
@@ -439,3 +489,6 @@ fn take_all(ledger: &Ledger, reader: &mut DirectEvents, trail: &mut Trail) -> Re
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

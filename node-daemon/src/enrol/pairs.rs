@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Instant,
 };
 
 use ebpf_abi::{Address, DirectValue, PairKey, PairVerdict, Tuple, WorkloadNumber};
@@ -35,6 +36,13 @@ pub(super) struct Pod {
 /// All of them.
 pub(super) type Pods = BTreeMap<ObjectName, Pod>;
 
+/// What is in force.
+#[derive(PartialEq, Eq)]
+struct Present {
+    table: DirectTable,
+    addresses: BTreeMap<IpAddr, WorkloadNumber>,
+}
+
 /// See the module.
 pub(super) struct Pairs {
     events: Sink,
@@ -46,7 +54,7 @@ pub(super) struct Pairs {
     /// Number of the snapshot that wants it.
     snapshot: u64,
     /// In force; `None`: nobody knows.
-    present: Option<DirectTable>,
+    present: Option<Present>,
     view: DirectView,
 }
 
@@ -86,19 +94,20 @@ impl Pairs {
     /// Puts in force what is wanted, for the pods that are enrolled, and ends what lost its permit. Without a change it does
     /// nothing.
     pub(super) fn put(&mut self, kernel: &mut Kernel, pods: &Pods) {
-        let table = self.wanted.as_ref().map(|wanted| translate(wanted, |pod| pods.get(pod).map(|pod| pod.number))).unwrap_or_default();
+        let number = |pod: &ObjectName| pods.get(pod).map(|pod| pod.number);
+        let table = self.wanted.as_ref().map(|wanted| translate(wanted, number)).unwrap_or_default();
+        let addresses = owners(pods.values().map(|pod| (pod.number, pod.addresses.as_slice())));
         let mut problem = self.barrier.clone().or(self.wanted.as_ref().err().map(NoTable::to_string));
-        if self.present.as_ref() == Some(&table) {
-            if let Err(error) = kernel.declared(owners_among(pods)) {
-                self.failed("changing declared addresses", &error);
-            }
+        let wanted = Present { table, addresses };
+        if self.present.as_ref() == Some(&wanted) {
+            self.ledger.go_on();
             return self.tell(problem);
         }
-        match kernel.declared(owners_among(pods)).and_then(|()| kernel.set_pairs(&table)) {
+        match kernel.declared(wanted.addresses.clone()).and_then(|()| kernel.set_pairs(&wanted.table)) {
             Ok(generation) => {
                 self.view.generation = generation.0;
-                self.view.pairs = table.pairs.len();
-                self.present = Some(table);
+                self.view.pairs = wanted.table.pairs.len();
+                self.present = Some(wanted);
             }
             Err(error) => {
                 // An empty one is in force, and the next change tries again.
@@ -108,6 +117,7 @@ impl Pairs {
             }
         }
         self.end_unpermitted(pods);
+        self.ledger.go_on();
         self.tell(problem);
     }
 
@@ -119,7 +129,7 @@ impl Pairs {
     /// What nobody told of, such as a predecessor's connections and lost events.
     pub(super) fn compare(&self) {
         match self.direct.connections() {
-            Ok(listed) => self.ledger.compare(&listed),
+            Ok(listed) => self.ledger.compare(&listed, Instant::now()),
             Err(error) => self.failed("listing direct connections", &error),
         }
     }
@@ -138,7 +148,13 @@ impl Pairs {
             let (Some(table), Some(source), Some(destination)) = (table, source, destination) else {
                 return false;
             };
+            // By addresses that are still theirs, as documents have them.
+            let holds = |name: &ObjectName, address: Address| {
+                pods.get(name).is_some_and(|pod| pod.addresses.contains(&address.into()))
+            };
             table.verdict(source, destination, tuple.target_port) == PairVerdict::Permit
+                && holds(source, tuple.source)
+                && holds(destination, tuple.target)
         };
         self.end(pods, None, |tuple, value| !is_permitted(tuple, value));
     }
@@ -148,7 +164,7 @@ impl Pairs {
             Ok(listed) => listed,
             Err(error) => return self.failed("listing direct connections", &error),
         };
-        self.ledger.compare(&listed);
+        self.ledger.compare(&listed, Instant::now());
         let mut places = Places::new(pods.values().chain(leaving));
         for (tuple, value) in listed.iter().filter(|(tuple, value)| is_over(tuple, value)) {
             self.ledger.doom(value.socket_cookie, self.ledger.cause(tuple, value));
@@ -224,7 +240,9 @@ fn socket_address(address: Address, port: u16) -> SocketAddr {
 }
 
 /// Whose the addresses are. One that two pods declare is nobody's.
-fn owners<'a>(pods: impl Iterator<Item = (WorkloadNumber, &'a [IpAddr])>) -> BTreeMap<IpAddr, WorkloadNumber> {
+fn owners<'a>(
+    pods: impl Iterator<Item = (WorkloadNumber, &'a [IpAddr])>,
+) -> BTreeMap<IpAddr, WorkloadNumber> {
     let mut owners: BTreeMap<IpAddr, Option<WorkloadNumber>> = BTreeMap::new();
     for (number, addresses) in pods {
         for address in addresses {
@@ -232,10 +250,6 @@ fn owners<'a>(pods: impl Iterator<Item = (WorkloadNumber, &'a [IpAddr])>) -> BTr
         }
     }
     owners.into_iter().filter_map(|(address, owner)| Some((address, owner?))).collect()
-}
-
-fn owners_among(pods: &Pods) -> BTreeMap<IpAddr, WorkloadNumber> {
-    owners(pods.values().map(|pod| (pod.number, pod.addresses.as_slice())))
 }
 
 /// The table in the kernel's numbers. Pairs with a pod that is not enrolled are left out: they ask.
