@@ -13,14 +13,8 @@ use crate::policy_items::{ITEMS, Says};
 const WORD: &str = "policy ";
 
 /// What tests are made with, and what they are compared with, proves nothing by itself.
-const HARNESSES: [&str; 6] = [
-    "tests/app/",
-    "tests/bench/",
-    "tests/demo/",
-    "tests/fuzz/bodies/src/",
-    "tests/oracle/src/",
-    "tests/world/",
-];
+const HARNESSES: [&str; 6] =
+    ["tests/app/", "tests/bench/", "tests/demo/", "tests/fuzz/src/", "tests/oracle/src/", "tests/world/"];
 
 /// Letters of the specification's sections.
 const SECTIONS: &str = "0ABCDEFGH";

@@ -27,7 +27,7 @@ const MEMORY_MEBIBYTES_MAX: u32 = 2048;
 /// Where there is no such target, and where an input was found that its body does not hold for: the input lies beneath
 /// `target/fuzz/found`, and belongs among the seeds once it is mended.
 pub(crate) fn fuzz(target: &str, seconds: u64) -> anyhow::Result<()> {
-    let folder = root().join("tests/fuzz");
+    let (seeds, folder) = (root().join("tests/fuzz/seeds"), root().join("tests/fuzz/targets"));
     let known = targets(&folder.join("fuzz_targets"))?;
     if !known.iter().any(|name| name == target) {
         bail!("{target:?} is no target, expected one of {}", known.join(", "));
@@ -42,13 +42,7 @@ pub(crate) fn fuzz(target: &str, seconds: u64) -> anyhow::Result<()> {
     // Without a sanitizer: nothing of this is unsafe, and it runs twice as fast.
     let mut command = cargo(NIGHTLY);
     command.current_dir(&folder).env("PATH", path_with(&tools)?).args(["fuzz", "run", "--sanitizer", "none"]);
-    command
-        .arg("--fuzz-dir")
-        .arg(&folder)
-        .arg(target)
-        .arg(&kept)
-        .arg(folder.join("seeds").join(target))
-        .arg("--");
+    command.arg("--fuzz-dir").arg(&folder).arg(target).arg(&kept).arg(seeds.join(target)).arg("--");
     command.arg(format!("-artifact_prefix={}/{target}-", found.display()));
     command.args([
         format!("-max_total_time={seconds}"),
@@ -79,7 +73,7 @@ mod tests {
 
     #[test]
     fn the_targets_are_found() {
-        let names = targets(&root().join("tests/fuzz/fuzz_targets")).expect("the folder is there");
+        let names = targets(&root().join("tests/fuzz/targets/fuzz_targets")).expect("the folder is there");
         assert!(names.iter().any(|name| name == "http1"), "{names:?}");
     }
 }

@@ -56,7 +56,7 @@ enum Habit {
         #[arg(long)]
         keep: bool,
     },
-    /// Throw bytes at one of the decoders: a name in tests/fuzz/fuzz_targets
+    /// Throw bytes at one of the decoders: a name in tests/fuzz/targets/fuzz_targets
     Fuzz {
         target: String,
         /// How long, in seconds

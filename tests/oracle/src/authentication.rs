@@ -59,8 +59,9 @@ fn policy(world: &World, port: u16) -> Applies<'_> {
 
 /// The first `mtls` decides (policy A-2).
 fn mode_of(policy: &Document) -> Mode {
-    let written =
-        entries(&policy.spec()["peers"]).iter().find_map(|peer| peer.get("mtls").or(peer.get("mTLS"))); // policy 0-3
+    let written = entries(&policy.spec()["peers"])
+        .iter()
+        .find_map(|peer| peer.get("mtls").or_else(|| peer.get("mTLS"))); // policy 0-3
     match written {
         None => Mode::Disabled,
         Some(mtls) if mtls["mode"].as_str() == Some("PERMISSIVE") => Mode::Permissive,

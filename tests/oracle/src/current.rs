@@ -178,8 +178,7 @@ fn is_template(written: &str) -> bool {
     let is_text = |segment: &&str| !segment.contains(['*', '{', '}']);
     let deep = segments.iter().position(|segment| *segment == "{**}");
     let after = deep.map_or(&[][..], |at| &segments[at + 1..]);
-    segments.iter().all(|segment| is_operator(&segment) || is_text(&segment))
-        && !after.iter().any(|s| is_operator(&s))
+    segments.iter().all(|segment| is_operator(segment) || is_text(segment)) && !after.iter().any(is_operator)
 }
 
 /// By trying every way to cut the path.

@@ -13,7 +13,8 @@ pub struct Normal {
 }
 
 /// # Errors
-/// For what T-22 lists: relative, broken escapes, NUL, what is no printable ASCII, a backslash, text that is not UTF-8.
+/// For what T-22 lists: relative, broken escapes, NUL, what is no printable ASCII, a backslash, text that is not UTF-8, dot
+/// segments behind escaped slashes.
 pub fn normalise(sent: &str, method: &str) -> Result<Normal, Unusable> {
     let sent = sent.split_once('#').map_or(sent, |(before, _)| before);
     let (path, query) = match sent.split_once('?') {
@@ -30,6 +31,11 @@ pub fn normalise(sent: &str, method: &str) -> Result<Normal, Unusable> {
         return Err(Unusable);
     }
     let matched = without_dots(&decoded(path)?);
+    // A dot segment for whoever decodes the slash, or the backslash, beside it.
+    let bared = matched.to_ascii_lowercase().replace("%2f", "/").replace("%5c", "/");
+    if bared.split('/').any(|segment| segment == "." || segment == "..") {
+        return Err(Unusable);
+    }
     Ok(Normal { upstream: format!("{matched}{query}"), matched })
 }
 

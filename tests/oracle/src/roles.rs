@@ -29,7 +29,7 @@ fn switch(world: &World) -> Option<&Document> {
     let named = |kind: &'static str| world.of_kind(kind).filter(|document| document.name() == "default");
     let mut others = by_age(named("RbacConfig"));
     others.sort_by_key(|document| document.namespace() != world.root_namespace);
-    named("ClusterRbacConfig").next().or(others.first().copied())
+    named("ClusterRbacConfig").next().or_else(|| others.first().copied())
 }
 
 fn service_name(world: &World, port: u16) -> Option<(String, String)> {

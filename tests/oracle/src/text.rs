@@ -117,7 +117,7 @@ fn bits_of_seen(address: IpAddr) -> (u128, u32) {
         IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => {
             bits(v6.to_ipv4_mapped().map_or(address, IpAddr::V4))
         }
-        other => bits(other),
+        IpAddr::V4(_) | IpAddr::V6(_) => bits(address),
     }
 }
 

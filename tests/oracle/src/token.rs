@@ -80,7 +80,8 @@ impl Issuer<'_> {
 }
 
 fn bare(audience: &str) -> &str {
-    let rest = audience.strip_prefix("http://").or(audience.strip_prefix("https://")).unwrap_or(audience);
+    let rest =
+        audience.strip_prefix("http://").or_else(|| audience.strip_prefix("https://")).unwrap_or(audience);
     rest.strip_suffix('/').unwrap_or(rest)
 }
 
@@ -111,6 +112,6 @@ pub fn claim(claims: &Value, path: &[&str], spaced: &[String]) -> Vec<String> {
         }
         Value::String(text) => vec![text.clone()],
         Value::Array(list) if list.iter().all(Value::is_string) => texts(value),
-        _ => Vec::new(),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => Vec::new(),
     }
 }

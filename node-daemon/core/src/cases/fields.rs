@@ -226,7 +226,7 @@ impl Fields {
                     map.insert(inner.to_owned(), value);
                 }
                 // Two ways to write it that contradict each other: the bracketed key is refused by name.
-                _ => {
+                Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
                     self.map.insert(key, value);
                 }
             }

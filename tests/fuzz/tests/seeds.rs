@@ -8,7 +8,7 @@ use fuzz_bodies::TARGETS;
 const COPIES: u64 = 150;
 
 fn seeds(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../seeds").join(target);
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target);
     let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let paths = entries.map(|entry| entry.expect("an entry").path());
     let mut seeds: Vec<_> = paths.map(|path| (path.clone(), fs::read(path).expect("a seed"))).collect();
@@ -25,8 +25,20 @@ fn next(state: &mut u64) -> usize {
 
 /// Bytes cut, doubled, changed or swapped with words that parsers stumble over.
 fn spoilt(seed: &[u8], state: &mut u64) -> Vec<u8> {
-    const WORDS: [&[u8]; 12] =
-        [b"\r\n", b"\n", b"\0", b"%2e", b"/../", b": ", b"*", b"{}", b"null", b"\xff", b"18446744073709551616", b"- "];
+    const WORDS: [&[u8]; 12] = [
+        b"\r\n",
+        b"\n",
+        b"\0",
+        b"%2e",
+        b"/../",
+        b": ",
+        b"*",
+        b"{}",
+        b"null",
+        b"\xff",
+        b"18446744073709551616",
+        b"- ",
+    ];
     let mut bytes = seed.to_vec();
     for _ in 0..=next(state) % 3 {
         let at = next(state) % (bytes.len() + 1);
@@ -71,10 +83,12 @@ fn every_target_holds_for_its_seeds() {
 
 #[test]
 fn every_target_is_a_file_of_the_fuzzer_and_the_other_way_round() {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fuzz_targets");
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("targets/fuzz_targets");
     let mut files: Vec<String> = fs::read_dir(folder)
         .expect("the targets")
-        .map(|entry| entry.expect("an entry").path().file_stem().expect("a name").to_string_lossy().into_owned())
+        .map(|entry| {
+            entry.expect("an entry").path().file_stem().expect("a name").to_string_lossy().into_owned()
+        })
         .collect();
     files.sort();
     let mut names: Vec<&str> = TARGETS.iter().map(|(name, _)| *name).collect();

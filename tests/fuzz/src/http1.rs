@@ -65,7 +65,8 @@ fn framed(data: &[u8], walked: &Walked) -> Vec<Sight> {
         let is_chunked = head.lines().any(|line| line.to_ascii_lowercase().starts_with("transfer-encoding:"));
         sights.push(Sight {
             method: words.next().unwrap_or_default().to_owned(),
-            target: words.next().unwrap_or_default().to_owned(),
+            // A fragment is no part of a request: hyper cuts it off, and so does the policy.
+            target: words.next().unwrap_or_default().split('#').next().unwrap_or_default().to_owned(),
             body: if is_chunked { unchunked(body) } else { body.to_vec() },
         });
     }

@@ -1,6 +1,6 @@
 //! The framing of HTTP/1.1, read from its own file.
 
-#[path = "../../../../../node-daemon/src/datapath/requests/framing.rs"]
+#[path = "../../../../node-daemon/src/datapath/requests/framing.rs"]
 mod framing;
 
 use self::framing::{Framing, HEAD_BYTES_MAX, HEADERS_MAX};

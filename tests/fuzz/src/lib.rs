@@ -1,7 +1,7 @@
 //! What each fuzz target does with its bytes: the decoders that read what others wrote, and properties that hold for
 //! whatever they read. A body panics where one does not.
 //!
-//! libFuzzer calls the bodies through `tests/fuzz/fuzz_targets` (`cargo xtask fuzz <target>`), and `tests/seeds.rs` calls
+//! libFuzzer calls the bodies through `tests/fuzz/targets` (`cargo xtask fuzz <target>`), and `tests/seeds.rs` calls
 //! them with the kept seeds, so that they never rot. Doors that are no package's own are opened here by reading the file
 //! again: nothing becomes public for the sake of a fuzzer.
 #![forbid(unsafe_code)]
@@ -14,7 +14,7 @@ mod messages;
 mod path;
 mod token;
 
-#[path = "../../../../ca-server/src/csr.rs"]
+#[path = "../../../ca-server/src/csr.rs"]
 mod csr;
 
 /// A target: its name and its body.
