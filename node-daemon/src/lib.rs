@@ -2,7 +2,7 @@
 //!
 //! In reading order: what the operator says ([`config`]), documents to snapshots ([`control`]), who is who ([`certs`]), who is
 //! under capture ([`enrol`], [`kernel`]), whose tokens count ([`jwks`]), one connection from end to end ([`datapath`]). Beneath them [`net`] and [`sys`]; beside
-//! them [`telemetry`] and [`admin`]; apart from the daemon, [`policy_tools`]. [`place`] is the daemon's hold on its node, [`app`] wires all of it.
+//! them [`telemetry`], [`audit`] and [`admin`]; apart from the daemon, [`policy_tools`]. [`place`] is the daemon's hold on its node, [`app`] wires all of it.
 #![deny(unsafe_code)]
 
 pub mod config;

@@ -67,7 +67,7 @@ struct Ban {
 const BANS: &[Ban] = &[
     Ban {
         room: "node-daemon/src/datapath/",
-        needles: &["crate::control", "crate::kernel", "crate::admin", "crate::app"],
+        needles: &["crate::control", "crate::kernel", "crate::admin", "crate::app", "crate::audit"],
         why: "the data path runs without a kernel, a cluster and a root",
     },
     Ban {
@@ -83,6 +83,7 @@ const BANS: &[Ban] = &[
             "crate::certs",
             "crate::control",
             "crate::enrol",
+            "crate::audit",
             "crate::app",
         ],
         why: "telemetry is a leaf",
