@@ -15,13 +15,14 @@ use super::{
     EnrolmentView, Stage, Views, ready,
     serve::{Answer, Page},
     status::{
-        CONNECTIONS_SHOWN_MAX, Certificate, Connection, DocumentProblem, Documents, Dump, End, KnownWorkload,
-        Mesh, NodeCertificate, Policy, Port, Service, Status, Workload,
+        CONNECTIONS_SHOWN_MAX, Certificate, Connection, DocumentProblem, Documents, Dump, End, KeySet,
+        KnownWorkload, Mesh, NodeCertificate, Policy, Port, Service, Status, Workload,
     },
 };
 use crate::{
     certs::{CertificateView, RuleFault},
     datapath::ConnectionView,
+    jwks::KeySetView,
     telemetry::{Direction, Endpoint, log::rfc3339},
 };
 
@@ -71,6 +72,7 @@ pub fn status(views: &Views) -> Status {
         connections_total: connections.len(),
         connections: connections.iter().take(CONNECTIONS_SHOWN_MAX).map(connection).collect(),
         direct: (views.direct)(),
+        key_sets: (views.key_sets)().into_iter().map(key_set).collect(),
         kernel: (views.kernel)().into_iter().map(|(label, count)| (label.to_owned(), count)).collect(),
     }
 }
@@ -85,6 +87,11 @@ pub fn dump(views: &Views) -> Dump {
         all_workloads: snapshot.workloads().map(|workload| known_workload(workload)).collect(),
         services: snapshot.services().map(service).collect(),
     }
+}
+
+fn key_set(view: KeySetView) -> KeySet {
+    let KeySetView { source, keys, problem } = view;
+    KeySet { source, keys, problem }
 }
 
 fn stage(stage: Stage) -> &'static str {

@@ -20,6 +20,7 @@ use crate::{
     certs::{CertificateView, RuleFault},
     control::DocumentsView,
     datapath::ConnectionView,
+    jwks::KeySetView,
     telemetry::Sink,
 };
 
@@ -69,6 +70,8 @@ pub struct Views {
     pub direct: View<status::Direct>,
     /// Rules whose files cannot be used.
     pub client_files: ClientFilesView,
+    /// Key sets of tokens' issuers that are fetched.
+    pub key_sets: View<Vec<KeySetView>>,
     /// Counters of the kernel's half, by label.
     pub kernel: View<Vec<(&'static str, u64)>>,
     pub events: Sink,

@@ -97,6 +97,7 @@ impl Node {
             connections: Arc::new(|| vec![connection()]),
             client_files: Arc::new(|_| BTreeMap::new()),
             direct: Arc::new(crate::admin::status::Direct::default),
+            key_sets: Arc::new(|| vec![key_set()]),
             kernel: Arc::new(|| vec![("captured_egress", 4), ("captured", 5)]),
             events: Sink::new(),
         };
@@ -145,6 +146,14 @@ fn certificate(serial: Option<&str>) -> CertificateView {
     }
 }
 
+fn key_set() -> crate::jwks::KeySetView {
+    crate::jwks::KeySetView {
+        source: "https://id.example/keys".to_owned(),
+        keys: None,
+        problem: Some("cannot connect: refused".to_owned()),
+    }
+}
+
 fn connection() -> ConnectionView {
     let source = Endpoint {
         address: Some("10.8.1.4:40000".parse().unwrap()),
@@ -189,6 +198,12 @@ async fn status_over_the_socket_says_what_is_so_and_reads_as_a_table() {
     assert_eq!((policy.kind.as_str(), policy.name.as_str()), ("AuthorizationPolicy", "photo/broken"));
     assert!(!policy.accepted && policy.problem.is_some() && !policy.effect.is_empty(), "{policy:?}");
     assert_eq!(status.kernel["captured_egress"], 4);
+    // policy A-13: what fails closed says so
+    let text = status.to_string();
+    assert!(
+        text.contains("https://id.example/keys  none, tokens are refused  cannot connect: refused"),
+        "{text}"
+    );
     assert_eq!(status.connections[0].source.workload.as_deref(), Some("photo/web-0"));
     let table = status.to_string();
     for word in [

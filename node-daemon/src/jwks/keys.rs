@@ -42,6 +42,17 @@ impl Keys {
         self.number
     }
 
+    /// Keys that can be used.
+    pub(super) fn usable(&self) -> usize {
+        let mut used: Vec<&Key> = Vec::new();
+        for parsed in &self.parsed {
+            if !used.contains(&&parsed.key) {
+                used.push(&parsed.key);
+            }
+        }
+        used.len()
+    }
+
     pub(super) fn verify(
         &self,
         algorithm: Algorithm,

@@ -20,7 +20,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -73,6 +73,17 @@ pub struct KeysConfig {
     pub refuse: Vec<IpNet>,
 }
 
+/// A key set that is fetched, for operators.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeySetView {
+    /// Its address, or its issuer's.
+    pub source: String,
+    /// Keys that can be used; `None`: it was never fetched, and no token is valid by it.
+    pub keys: Option<usize>,
+    /// Why the last fetch failed; keys that were there before go on.
+    pub problem: Option<String>,
+}
+
 /// All key sets of a node. Dropped, their fetching ends.
 pub struct Store {
     entries: ArcSwap<BTreeMap<KeySource, Arc<Entry>>>,
@@ -87,14 +98,33 @@ pub struct Store {
 /// One key set.
 struct Entry {
     keys: ArcSwapOption<Keys>,
+    /// Of the last fetch.
+    problem: Mutex<Option<String>>,
     /// Seconds since the store started at which it was asked for last.
     used: AtomicU64,
     /// Fetches that came to an end, whichever.
     attempts: watch::Sender<u64>,
     /// Asks for a fetch ahead of time.
     early: Notify,
-    /// Seconds since the store started at which it was fetched early last, plus one; 0: never.
-    last_early: AtomicU64,
+    is_fetching: AtomicBool,
+    early_fetch: Mutex<EarlyFetch>,
+}
+
+/// The fetch that was asked for ahead of time last.
+#[derive(Default)]
+struct EarlyFetch {
+    /// Seconds since the store started.
+    asked: Option<u64>,
+    /// It is over once so many fetches came to an end.
+    attempt: u64,
+}
+
+/// A set that lacked a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missed {
+    source: KeySource,
+    /// Number of the keys that were at hand.
+    number: u64,
 }
 
 impl Store {
@@ -133,22 +163,36 @@ impl Store {
         Verifier { store: self, missed: RefCell::default() }
     }
 
-    /// Fetches sets that lacked a key, unless they were just fetched for that. True if one of them was: then it is worth
-    /// asking again.
-    pub async fn refresh(&self, missed: Vec<KeySource>) -> bool {
+    /// Fetches sets that lacked a key, unless they were just fetched for that; whoever comes while one is fetched waits for it
+    /// with the others. True if one of them is another by now: then it is worth asking again.
+    pub async fn refresh(&self, missed: Vec<Missed>) -> bool {
         let now = self.seconds();
-        let due: Vec<_> =
-            missed.iter().map(|source| self.entry(source)).filter(|entry| entry.take_early(now)).collect();
+        let missed: Vec<_> =
+            missed.into_iter().map(|missed| (self.entry(&missed.source), missed.number)).collect();
         let all = async {
-            for entry in &due {
-                let mut attempts = entry.attempts.subscribe();
-                attempts.borrow_and_update();
-                entry.early.notify_one();
-                let _ = attempts.changed().await;
+            for (entry, number) in &missed {
+                if entry.number() == Some(*number) {
+                    let attempt = entry.early_attempt(now);
+                    let mut attempts = entry.attempts.subscribe();
+                    // The entry holds the sender, so it cannot fail.
+                    let _ = attempts.wait_for(|attempts| *attempts >= attempt).await;
+                }
             }
         };
         let _ = timeout(Duration::from_secs(WAIT_SECONDS_MAX), all).await;
-        !due.is_empty()
+        missed.iter().any(|(entry, number)| entry.number() != Some(*number))
+    }
+
+    /// The sets that are fetched, by their sources.
+    pub fn views(&self) -> Vec<KeySetView> {
+        let entries = self.entries.load();
+        let fetched = entries.iter().filter(|(source, _)| !matches!(source, KeySource::Inline(_)));
+        let view = |(source, entry): (&KeySource, &Arc<Entry>)| KeySetView {
+            source: source_address(source).to_owned(),
+            keys: entry.keys.load().as_ref().map(|keys| keys.usable()),
+            problem: entry.problem.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        };
+        fetched.map(view).collect()
     }
 
     fn entry(&self, source: &KeySource) -> Arc<Entry> {
@@ -178,13 +222,15 @@ impl Store {
     fn make(&self, source: &KeySource, now: u64) -> Arc<Entry> {
         let entry = Arc::new(Entry {
             keys: ArcSwapOption::empty(),
+            problem: Mutex::default(),
             used: AtomicU64::new(now),
             attempts: watch::Sender::new(0),
             early: Notify::new(),
-            last_early: AtomicU64::new(0),
+            is_fetching: AtomicBool::new(false),
+            early_fetch: Mutex::default(),
         });
         if let KeySource::Inline(text) = source {
-            entry.take(Keys::parse(text).ok());
+            entry.take(Keys::parse(text).map_err(|problem| problem.to_string()));
         } else {
             let (store, kept) = (Weak::clone(&self.own), Arc::downgrade(&entry));
             tokio::spawn(keep(store, kept, source.clone(), Arc::clone(&self.fetcher)));
@@ -215,18 +261,28 @@ impl Entry {
     }
 
     /// The end of a fetch: what was there before goes on while there is nothing new.
-    fn take(&self, keys: Option<Keys>) {
-        if let Some(keys) = keys {
-            self.keys.store(Some(Arc::new(keys)));
-        }
+    fn take(&self, keys: Result<Keys, String>) {
+        let problem = keys.map(|keys| self.keys.store(Some(Arc::new(keys)))).err();
+        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+        self.is_fetching.store(false, Ordering::Release);
         self.attempts.send_modify(|attempts| *attempts += 1);
     }
 
-    /// The right to one early fetch.
-    fn take_early(&self, now: u64) -> bool {
-        let last = self.last_early.load(Ordering::Acquire);
-        let is_due = last == 0 || now + 1 >= last + EARLY_SECONDS_MIN;
-        is_due && self.last_early.compare_exchange(last, now + 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    /// Number of the keys that are at hand.
+    fn number(&self) -> Option<u64> {
+        self.keys.load().as_ref().map(|keys| keys.number())
+    }
+
+    /// The fetch to wait for: a new one if it is due, else the last one, which may be over.
+    fn early_attempt(&self, now: u64) -> u64 {
+        let mut last = self.early_fetch.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.asked.is_none_or(|asked| now >= asked + EARLY_SECONDS_MIN) {
+            // One that is under way may have asked before the key was there.
+            let others = u64::from(self.is_fetching.load(Ordering::Acquire));
+            *last = EarlyFetch { asked: Some(now), attempt: *self.attempts.borrow() + others + 1 };
+            self.early.notify_one();
+        }
+        last.attempt
     }
 }
 
@@ -235,6 +291,9 @@ async fn keep(store: Weak<Store>, entry: Weak<Entry>, source: KeySource, fetcher
     let mut retry = Duration::from_secs(RETRY_SECONDS_MIN);
     let mut discovered = None;
     loop {
+        let Some(kept) = entry.upgrade() else { return };
+        kept.is_fetching.store(true, Ordering::Release);
+        drop(kept);
         let fetched = fetcher.keys(&source, &mut discovered).await;
         let Some(kept) = entry.upgrade() else { return };
         if store.upgrade().is_none_or(|store| store.drops(&source, &kept)) {
@@ -242,13 +301,13 @@ async fn keep(store: Weak<Store>, entry: Weak<Entry>, source: KeySource, fetcher
         }
         let pause = match fetched {
             Ok(keys) => {
-                kept.take(Some(keys));
+                kept.take(Ok(keys));
                 retry = Duration::from_secs(RETRY_SECONDS_MIN);
                 Duration::from_secs(REFRESH_SECONDS)
             }
             Err(problem) => {
                 tracing::warn!(source = source_address(&source), %problem, "key set not fetched");
-                kept.take(None);
+                kept.take(Err(problem.to_string()));
                 let pause = retry;
                 retry = (retry * 2).min(Duration::from_secs(RETRY_SECONDS_MAX));
                 pause
@@ -282,12 +341,12 @@ pub fn is_signed_by(key: &Key, algorithm: Algorithm, signed: &[u8], signature: &
 /// Signatures, checked with the keys that are at hand; remembers which sets lacked a key.
 pub struct Verifier<'a> {
     store: &'a Store,
-    missed: RefCell<Vec<KeySource>>,
+    missed: RefCell<Vec<Missed>>,
 }
 
 impl Verifier<'_> {
     /// The sets that lacked a key and can be fetched anew.
-    pub fn missed(self) -> Vec<KeySource> {
+    pub fn missed(self) -> Vec<Missed> {
         self.missed.into_inner()
     }
 }
@@ -312,7 +371,8 @@ impl Signatures for Verifier<'_> {
         match verified {
             Ok(()) => seen::insert(digest),
             Err(TokenFault::NoKey) if !matches!(source, KeySource::Inline(_)) => {
-                self.missed.borrow_mut().push(source.clone());
+                let missed = Missed { source: source.clone(), number: keys.number() };
+                self.missed.borrow_mut().push(missed);
             }
             Err(_) => {}
         }

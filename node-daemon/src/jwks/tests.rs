@@ -5,7 +5,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::{
-    KeysConfig, REFRESH_SECONDS, SOURCES_MAX, Store, UNUSED_SECONDS_MAX, WAIT_SECONDS_MAX,
+    KeysConfig, Missed, REFRESH_SECONDS, SOURCES_MAX, Store, UNUSED_SECONDS_MAX, WAIT_SECONDS_MAX,
     fetch::ANSWER_BYTES_MAX,
     testing::{Mode, Server, Signer, key_set},
 };
@@ -181,6 +181,25 @@ async fn a_new_key_is_found_early_but_strangers_do_not_make_the_node_ask_again_a
         let token = Signer::new(&kid).token(&json!({}));
         assert_eq!(verified(&store, &source, &token, &kid).await, Err(TokenFault::NoKey));
     }
+    assert_eq!(server.asked(), 2);
+}
+
+#[tokio::test]
+async fn all_who_lack_a_key_wait_for_the_one_fetch() {
+    let (old, new) = (Signer::new("old"), Signer::new("new"));
+    let server = Server::start(Mode::Text(key_set(&[&old]))).await;
+    let (store, source) = (store(listed()), at(server.url("/")));
+    assert_eq!(verified(&store, &source, &old.token(&json!({})), "old").await, Ok(()));
+    server.set(Mode::Text(key_set(&[&new])));
+    let token = new.token(&json!({}));
+    // All of them miss the key before the first of them has asked for a fetch.
+    let herd = (0..50).map(|_| verified(&store, &source, &token, "new"));
+    let all = futures_util::future::join_all(herd).await;
+    assert_eq!(all, vec![Ok(()); 50]);
+    assert_eq!(server.asked(), 2, "one for all");
+    // One that missed it by keys that were replaced meanwhile is judged by the new ones without any fetch.
+    let stale = Missed { source, number: 0 };
+    assert!(store.refresh(vec![stale]).await);
     assert_eq!(server.asked(), 2);
 }
 

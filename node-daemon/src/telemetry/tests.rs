@@ -394,6 +394,7 @@ fn a_request_is_one_line_without_its_query_and_counts_by_its_status() {
     for pieces in [
         ["istio_requests_total", "response_code=\"200\"", "} 2"],
         ["istio_requests_total", "response_code=\"403\"", "} 1"],
+        ["culvert_shadow_verdicts_total", "verdict=\"denied\"", "} 3"],
         ["culvert_denials_total", "no_rule_allows", "} 1"],
     ] {
         assert!(

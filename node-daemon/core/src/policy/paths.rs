@@ -15,6 +15,8 @@ pub enum PathFault {
     Character,
     #[error("the decoded path is not UTF-8")]
     Encoding,
+    #[error("a dot segment beside an escaped slash or backslash: servers that decode it go up a folder")]
+    Hidden,
 }
 
 /// A path in its one form.
@@ -28,7 +30,8 @@ pub(crate) struct Path<'a> {
 
 impl<'a> Path<'a> {
     /// Removes dot segments and decodes escaped letters, digits, `-`, `.`, `_` and `~`. An escaped slash stays escaped,
-    /// slashes that follow each other stay, and so do `;` and what comes after it.
+    /// slashes that follow each other stay, and so do `;` and what comes after it. An escaped slash that makes a dot segment
+    /// for whoever decodes it is refused: no form of it would be one for all servers (T-22).
     ///
     /// # Errors
     /// What is wrong with it.
@@ -46,6 +49,9 @@ impl<'a> Path<'a> {
         check_characters(path)?;
         let decoded = decode_unreserved(path)?;
         let clean = remove_dot_segments(&decoded);
+        if has_hidden_dots(&clean) {
+            return Err(PathFault::Hidden);
+        }
         if clean == path {
             return Ok(Self { upstream: sent.into(), end });
         }
@@ -112,6 +118,17 @@ fn decode_unreserved(path: &str) -> Result<Cow<'_, str>, PathFault> {
         return Err(PathFault::Encoding);
     }
     Ok(form.into())
+}
+
+/// Whether a segment is a dot or two once escaped slashes and backslashes are decoded. Expects no other dot segments.
+fn has_hidden_dots(path: &str) -> bool {
+    path.contains('%')
+        && path
+            .to_ascii_lowercase()
+            .replace("%2f", "/")
+            .replace("%5c", "/")
+            .split('/')
+            .any(|segment| matches!(segment, "." | ".."))
 }
 
 /// RFC 3986, section 5.2.4. A step above the root stays at the root.
@@ -261,7 +278,6 @@ mod tests {
             ("/%7Euser%2D%5F", "/~user-_"),
             ("/a%2Fb", "/a%2Fb"),
             ("/a%2fb", "/a%2fb"),
-            ("/a/..%2fb", "/a/..%2fb"),
             ("/a%252e", "/a%252e"),
             ("//a//b", "//a//b"),
             ("/a//../b", "/a/b"),
@@ -274,6 +290,11 @@ mod tests {
             ("/%C3%A9", "/%C3%A9"),
             ("/...", "/..."),
             ("/a%5Cb", "/a%5Cb"),
+            ("/..a%2Fb..", "/..a%2Fb.."),
+            ("/a%2F...%2Fb", "/a%2F...%2Fb"),
+            ("/a%252f..%252fb", "/a%252f..%252fb"),
+            ("/a/..%3Bb", "/a/..%3Bb"),
+            ("/a%2Fb/..", "/"),
         ] {
             form(sent, Ok(expected));
         }
@@ -303,6 +324,15 @@ mod tests {
             ("/%ff", PathFault::Encoding),
             ("/%c0%ae", PathFault::Encoding),
             ("/%C3", PathFault::Encoding),
+            ("/a/..%2fb", PathFault::Hidden),
+            ("/a/%2e%2e%2Fb", PathFault::Hidden),
+            ("/a%2f..%2fb", PathFault::Hidden),
+            ("/a%2f../b", PathFault::Hidden),
+            ("/a%2F..", PathFault::Hidden),
+            ("/.%2Fa", PathFault::Hidden),
+            ("/a%20%2f%2e/b", PathFault::Hidden),
+            ("/a/..%5cb", PathFault::Hidden),
+            ("/a%5C..%2fb?c", PathFault::Hidden),
         ] {
             form(sent, Err(expected));
         }

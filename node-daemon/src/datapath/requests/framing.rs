@@ -4,10 +4,10 @@
 //! one in silence. The next parser behind may choose otherwise, and then a request hides in another (T-22). [`Framing`]
 //! walks over the same bytes beforehand and refuses whatever has two readings. It holds a part of one line at most.
 
-/// Bytes of a request's head, its first line included: what most servers take. At the limit: 400.
+/// Bytes of a request's head, its first line included: what most servers take. At the limit: 431.
 pub(in crate::datapath) const HEAD_BYTES_MAX: usize = 64 * 1024;
 
-/// Lines of a request's head, as Envoy's. At the limit: 400.
+/// Lines of a request's head, as Envoy's. At the limit: 431.
 pub(in crate::datapath) const HEADERS_MAX: usize = 100;
 
 /// Digits of a chunk's size: 15 are a petabyte of bytes, and never overflow.
@@ -84,6 +84,11 @@ impl Framing {
     /// True between two requests.
     pub(super) fn is_idle(&self) -> bool {
         self.at == At::Head && self.line.is_empty() && self.head.lines == 0
+    }
+
+    /// True between two requests and in a head.
+    pub(super) fn is_at_head(&self) -> bool {
+        self.at == At::Head
     }
 
     /// True while a head has begun and not ended.

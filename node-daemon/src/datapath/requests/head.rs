@@ -7,7 +7,7 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, Version, header, request,
     uri::{Authority, PathAndQuery, Scheme},
 };
-use node_core::policy::RequestPermit;
+use node_core::policy::{RequestPermit, tokens::without_cookies};
 
 use super::{body::strip_reserved, flights::Asked, framing::HEADERS_MAX};
 
@@ -81,7 +81,10 @@ pub(super) fn read(parts: request::Parts, has_body: bool) -> Result<(Asked, Way)
         return Err(BadHead::Connection);
     }
     let uri = uri.into_parts();
-    let host = host(&headers, uri.authority.as_ref(), version)?;
+    let host = host(&headers, uri.authority.as_ref(), version)?.map(absolute).transpose()?;
+    if let Some(host) = host.as_ref().filter(|_| headers.contains_key(header::HOST)) {
+        headers.insert(header::HOST, HeaderValue::from_str(host).map_err(|_| BadHead::Host)?);
+    }
     let authority = match version {
         Version::HTTP_2 => {
             let authority = host.as_deref().and_then(|host| host.parse().ok()).ok_or(BadHead::Host)?;
@@ -126,6 +129,24 @@ fn host(
         (None, None) if version == Version::HTTP_10 => Ok(None),
         (None, _) => Err(BadHead::Host),
     }
+}
+
+/// Without the dot of the root: `a.` and `a` are one host for every server, so they are one for policy, and the workload
+/// gets what was matched (T-22).
+fn absolute(host: String) -> Result<String, BadHead> {
+    let is_port = |port: &str| port.bytes().all(|digit| digit.is_ascii_digit());
+    let (name, port) = match host.rsplit_once(':') {
+        Some((name, port)) if is_port(port) && !name.is_empty() => (name, Some(port)),
+        _ => (host.as_str(), None),
+    };
+    let Some(relative) = name.strip_suffix('.') else { return Ok(host) };
+    if relative.is_empty() || relative.ends_with('.') {
+        return Err(BadHead::Host);
+    }
+    Ok(match port {
+        Some(port) => format!("{relative}:{port}"),
+        None => relative.to_owned(),
+    })
 }
 
 /// Removes what ends at this hop. True where the client asks for a WebSocket.
@@ -184,6 +205,7 @@ pub(super) fn forwarded<B>(asked: &Asked, way: &Way, permit: &RequestPermit, bod
     for name in permit.removed_headers() {
         headers.remove(name);
     }
+    remove_cookies(&mut headers, permit);
     for (name, value) in permit.added_headers() {
         headers.append(HeaderName::try_from(name).ok()?, HeaderValue::try_from(value).ok()?);
     }
@@ -197,6 +219,24 @@ pub(super) fn forwarded<B>(asked: &Asked, way: &Way, permit: &RequestPermit, bod
     *request.headers_mut() = headers;
     *request.uri_mut() = uri(way, path(asked, permit)?)?;
     Some(request)
+}
+
+/// Other cookies stay as they are.
+fn remove_cookies(headers: &mut HeaderMap, permit: &RequestPermit) {
+    if permit.removed_cookies().next().is_none() || !headers.contains_key(header::COOKIE) {
+        return;
+    }
+    let is_removed = |name: &str| permit.removed_cookies().any(|removed| removed == name);
+    let kept: Vec<HeaderValue> = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|value| without_cookies(value.as_bytes(), is_removed))
+        .filter_map(|value| HeaderValue::from_bytes(&value).ok())
+        .collect();
+    headers.remove(header::COOKIE);
+    for value in kept {
+        headers.append(header::COOKIE, value);
+    }
 }
 
 /// The path that was judged.

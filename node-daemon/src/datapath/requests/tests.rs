@@ -178,6 +178,31 @@ impl Raw {
     }
 }
 
+#[tokio::test]
+async fn a_host_with_the_dot_of_the_root_is_the_host_without() {
+    // T-22
+    let mut documents = documents("PERMISSIVE");
+    documents.push(allow(json!([{"to": [{"operation": {"hosts": ["backend", "backend:80", "[::1]:80"]}}]}])));
+    let mut world = World::new(documents);
+    serve_echo(&mut world);
+    let mut client = Raw::plain(&world.b).await;
+    for (sent, expected) in [
+        ("backend", Some("backend")),
+        ("backend.", Some("backend")),
+        ("backend.:80", Some("backend:80")),
+        ("BACKEND.", Some("BACKEND")),
+        ("[::1]:80", Some("[::1]:80")),
+        ("backend.x.", None),
+        ("other.", None),
+    ] {
+        let answer = client.ask(format!("GET /a HTTP/1.1\r\nHost: {sent}\r\n\r\n")).await;
+        match expected {
+            Some(host) => assert_eq!(answer.body, format!("GET /a\nhost: {host}\n\n")),
+            None => assert_eq!((answer.status, answer.body.as_str()), (403, "RBAC: access denied"), "{sent}"),
+        }
+    }
+}
+
 fn get(path: &str) -> String {
     format!("GET {path} HTTP/1.1\r\nHost: backend\r\n\r\n")
 }
@@ -475,12 +500,28 @@ async fn a_request_with_two_readings_is_refused_with_its_connection() {
         "GET /public\0 HTTP/1.1\r\nHost: a\r\n\r\n".to_owned(),
         "GET /pub lic HTTP/1.1\r\nHost: a\r\n\r\n".to_owned(),
         "GET /public HTTP/3.0\r\nHost: a\r\n\r\n".to_owned(),
-        with(&"X: y\r\n".repeat(super::HEADERS_MAX)),
-        with(&format!("X: {}", "y".repeat(super::HEAD_BYTES_MAX))),
+        with("X: y").replace("Host: a", "Host: a.."),
+        with("X: y").replace("Host: a", "Host: ."),
+        "GET /public/..%2fprivate HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".to_owned(),
     ] {
         let mut client = Raw::plain(&world.b).await;
         let shown = &sent[..sent.len().min(120)];
         assert_eq!(client.ask(&sent).await.status, 400, "{shown:?}");
+        client.is_closed().await;
+    }
+    let filler = "y".repeat(super::HEAD_BYTES_MAX);
+    for sent in [
+        with(&"X: y\r\n".repeat(super::HEADERS_MAX)),
+        with(&"X: y\r\n".repeat(10 * super::HEADERS_MAX)),
+        with(&format!("X: {filler}")),
+        with(&filler),
+        format!("GET /{filler} HTTP/1.1\r\nHost: a\r\n\r\n"),
+        format!("GET /{filler}"),
+        format!("GET /{filler}{filler}{filler}{filler}"),
+    ] {
+        // RFC 6585, section 5
+        let mut client = Raw::plain(&world.b).await;
+        assert_eq!(client.ask(&sent).await.status, 431, "{:?} of {} bytes", &sent[..30], sent.len());
         client.is_closed().await;
     }
     for sent in [
@@ -909,4 +950,29 @@ async fn a_key_that_was_changed_is_found_and_a_server_that_is_away_lets_nobody_i
     world.b.publish(with_tokens(&away.url("/keys")));
     let answer = client.ask(bearing(&new.token(&claims))).await;
     assert_eq!((answer.status, answer.body.as_str()), (401, "Jwks remote fetch is failed"));
+}
+
+#[tokio::test]
+async fn a_cookie_with_a_token_that_is_not_forwarded_stays_behind() {
+    // F-2
+    let signer = Signer::new("a");
+    let server = Server::start(Mode::Text(key_set(&[&signer]))).await;
+    let mut documents = with_tokens(&server.url("/keys"));
+    let rule = documents.iter_mut().find(|document| document["kind"] == "RequestAuthentication");
+    rule.expect("one of the documents")["spec"]["jwtRules"][0]["fromCookies"] = json!(["session"]);
+    let mut world = World::new(documents);
+    serve_echo(&mut world);
+    let good = signer.token(&json!({"iss": ISSUER, "sub": "alice", "aud": "photo"}));
+    let mut client = Raw::new(&world).await;
+    for (cookies, kept) in [
+        (format!("theme=dark; session={good}; sessions=3"), Some("theme=dark; sessions=3")),
+        (format!("session={good}"), None),
+    ] {
+        let head = format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: {cookies}\r\n\r\n");
+        let answer = client.ask(head).await;
+        assert_eq!(answer.status, 200);
+        assert!(!answer.body.contains(&good), "{}", answer.body);
+        assert_eq!(answer.body.contains("cookie"), kept.is_some(), "{}", answer.body);
+        assert!(kept.is_none_or(|kept| answer.body.contains(kept)), "{}", answer.body);
+    }
 }

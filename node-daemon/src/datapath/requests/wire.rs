@@ -18,7 +18,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use super::framing::Framing;
+use super::framing::{Fault, Framing};
 use crate::{datapath::carry::Side, net::Progress};
 
 /// Time for a request's head from its first byte to its last, in seconds (DESIGN 4.1). At the limit the connection is
@@ -32,6 +32,10 @@ const LINGER_BYTES_MAX: usize = 1024 * 1024;
 
 /// What hyper gets in place of bytes that [`Framing`] refuses: no parser takes it, in no part of a request.
 const JUNK: &[u8] = b"\0\r\n\r\n";
+
+/// What hyper gets in place of the rest of a head that is too large, again and again: no head ends with it, so hyper answers
+/// 431 once its own buffer is full (RFC 6585, section 5).
+const ENDLESS: &[u8] = &[b'y'; 4 * 1024];
 
 /// Bytes thrown away at once.
 const SINK_BYTES: usize = 4 * 1024;
@@ -64,10 +68,17 @@ pub(super) struct Wire<C> {
     framing: Option<Framing>,
     signals: Arc<Signals>,
     progress: Arc<Progress>,
-    /// What is left of the junk, once something was refused.
-    junk: Option<&'static [u8]>,
+    /// What is read instead, once something was refused.
+    instead: Option<Instead>,
     head_until: Option<Pin<Box<Sleep>>>,
     linger: Option<Linger>,
+}
+
+#[derive(Clone, Copy)]
+enum Instead {
+    /// What is left of the junk.
+    Junk(&'static [u8]),
+    Endless,
 }
 
 struct Linger {
@@ -83,7 +94,7 @@ impl<C: Side> Wire<C> {
         signals: Arc<Signals>,
         progress: Arc<Progress>,
     ) -> Self {
-        Self { stream, prefix, framing, signals, progress, junk: None, head_until: None, linger: None }
+        Self { stream, prefix, framing, signals, progress, instead: None, head_until: None, linger: None }
     }
 
     /// Goes on after HTTP: what hyper has read already comes first.
@@ -108,8 +119,10 @@ impl<C: Side> Wire<C> {
             tracing::debug!(%fault, "request refused");
             self.signals.is_refused.store(true, Ordering::Release);
             self.head_until = None;
+            let is_endless = fault == Fault::TooLarge && framing.is_at_head();
             buffer.set_filled(start + good);
-            self.junk = Some(put(buffer, JUNK));
+            self.instead = Some(if is_endless { Instead::Endless } else { Instead::Junk(JUNK) });
+            self.put_instead(buffer);
             return;
         }
         if !framing.is_in_head() {
@@ -117,6 +130,18 @@ impl<C: Side> Wire<C> {
         } else if self.head_until.is_none() {
             self.head_until = Some(Box::pin(sleep(Duration::from_secs(HEAD_SECONDS))));
         }
+    }
+
+    /// True if something is read instead of what the client sent.
+    fn put_instead(&mut self, buffer: &mut ReadBuf<'_>) -> bool {
+        match &mut self.instead {
+            None => return false,
+            Some(Instead::Junk(left)) => *left = put(buffer, left),
+            Some(Instead::Endless) => {
+                put(buffer, ENDLESS);
+            }
+        }
+        true
     }
 
     fn poll_linger(&mut self, context: &mut Context<'_>) -> Poll<()> {
@@ -156,8 +181,7 @@ impl<C: Side> AsyncRead for Wire<C> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if let Some(junk) = this.junk {
-            this.junk = Some(put(buffer, junk));
+        if this.put_instead(buffer) {
             return Poll::Ready(Ok(()));
         }
         let start = buffer.filled().len();
