@@ -332,10 +332,11 @@ async fn admit(
     let accepted = Accepted { stream, client: canonical(client), target, place };
     let (shared, site) = (Arc::clone(shared), Arc::clone(site));
     shared.tasks.clone().spawn(async move {
+        // A task is as large as the largest of what it may await, for as long as it lives: the larger ones are apart.
         match role {
             Role::Outbound => outbound::serve(&shared, &site, accepted, own_port).await,
-            Role::Inbound => inbound::serve(&shared, &site, accepted, own_port).await,
-            Role::Tunnel => inbound::serve_tunnel(&shared, &site, accepted).await,
+            Role::Inbound => Box::pin(inbound::serve(&shared, &site, accepted, own_port)).await,
+            Role::Tunnel => Box::pin(inbound::serve_tunnel(&shared, &site, accepted)).await,
         }
     });
 }

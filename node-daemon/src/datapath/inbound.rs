@@ -101,14 +101,15 @@ pub(super) async fn through<C: Side + Send + 'static>(
     way: Option<TakenWay>,
     record: &mut Record,
 ) -> Result<Ending, Ending> {
-    match admit_and_deliver(shared, site, facts, way, record).await? {
+    // Boxed apart, as requests are: what one connection in many needs is no part of those that wait for bytes.
+    match Box::pin(admit_and_deliver(shared, site, facts, way, record)).await? {
         Reached::Stream(server, registration) => {
             record.opened();
             Ok(carry(client, server, record, &registration).await)
         }
         Reached::Requests(flights, registration) => {
             record.opened();
-            Ok(requests::serve(shared, site, client, flights, &registration, record).await)
+            Ok(Box::pin(requests::serve(shared, site, client, flights, &registration, record)).await)
         }
     }
 }
@@ -309,6 +310,8 @@ async fn serve_streams(
                 Some(Ok(asked)) => {
                     let (shared, site) = (Arc::clone(shared), Arc::clone(site));
                     let tunnelled = Arc::clone(&tunnelled);
+                    // What was asked is dealt with long before the stream ends; the task holds no more than its place.
+                    let asked = Box::new(asked);
                     shared.tasks.clone().spawn(async move {
                         serve_stream(&shared, &site, &tunnelled, asked).await;
                     });
@@ -323,7 +326,7 @@ async fn serve_streams(
     }
 }
 
-async fn serve_stream(shared: &Arc<Shared>, site: &Arc<Site>, tunnelled: &Tunnelled, asked: Asked) {
+async fn serve_stream(shared: &Arc<Shared>, site: &Arc<Site>, tunnelled: &Tunnelled, asked: Box<Asked>) {
     let mut record = shared.record(Direction::Inbound, Path::Tunnel, tunnelled.client, tunnelled.target);
     let ending = tokio::select! {
         biased;
@@ -337,29 +340,44 @@ async fn stream_in(
     shared: &Arc<Shared>,
     site: &Arc<Site>,
     tunnelled: &Tunnelled,
-    asked: Asked,
+    asked: Box<Asked>,
     record: &mut Record,
 ) -> Ending {
-    let (reached, _place) = match stream_to_workload(shared, site, tunnelled, &asked, record).await {
+    let (stream, reached, _place) = match Box::pin(open(shared, site, tunnelled, asked, record)).await {
+        Ok(opened) => opened,
+        Err(ending) => return ending,
+    };
+    match reached {
+        Reached::Stream(server, registration) => carry(stream, server, record, &registration).await,
+        Reached::Requests(flights, registration) => {
+            Box::pin(requests::serve(shared, site, stream, flights, &registration, record)).await
+        }
+    }
+}
+
+/// Reaches the workload and answers the client.
+async fn open(
+    shared: &Shared,
+    site: &Site,
+    tunnelled: &Tunnelled,
+    asked: Box<Asked>,
+    record: &mut Record,
+) -> Result<(tunnel::Stream, Reached, Place), Ending> {
+    let (reached, place) = match stream_to_workload(shared, site, tunnelled, &asked, record).await {
         Ok(reached) => reached,
         Err(ending) => {
             asked.refuse(status(&ending));
-            return ending;
+            return Err(ending);
         }
     };
     record.opened();
-    match (asked.accept(), reached) {
-        (Ok(stream), Reached::Stream(server, registration)) => {
-            carry(stream, server, record, &registration).await
-        }
-        (Ok(stream), Reached::Requests(flights, registration)) => {
-            requests::serve(shared, site, stream, flights, &registration, record).await
-        }
-        (Err(error), reached) => {
+    match asked.accept() {
+        Ok(stream) => Ok((stream, reached, place)),
+        Err(error) => {
             if let Reached::Stream(server, _) = reached {
                 server.arm();
             }
-            Ending::broken(Reason::TunnelLost, error)
+            Err(Ending::broken(Reason::TunnelLost, error))
         }
     }
 }

@@ -25,7 +25,7 @@ use super::{
     carry::carry,
     deliver::unreached,
     identify,
-    live::{Judged, StraightWay, TakenWay, barred},
+    live::{Judged, Registration, StraightWay, TakenWay, barred},
     originate,
     record::{Ending, Record, known_end, protocol_of, workload_end},
     relay::{self, Local},
@@ -79,14 +79,16 @@ async fn go_out(
             });
             if let Some(there) = relay::site_of(shared, &snapshot, &destination) {
                 let local = Local { source, target, seed, destination, endpoint, allowed };
-                return relay::serve(shared, &there, stream, local, record).await;
+                return Box::pin(relay::serve(shared, &there, stream, local, record)).await;
             }
             let way = Way { snapshot, source, target, endpoint, seed };
-            through_tunnel(shared, site, stream, way, allowed, record).await
+            // Boxed apart: what opening needs is given back before the connection begins to wait for bytes.
+            let (opened, registration) = Box::pin(open_tunnel(shared, site, way, allowed, record)).await?;
+            Ok(carry(stream, opened, record, &registration).await)
         }
         Route::Passthrough { target: endpoint } => {
             let straight = Straight { snapshot, source, target, seed, endpoint, originated, is_by_rule };
-            past_the_tunnel(shared, site, stream, straight, record).await
+            Box::pin(past_the_tunnel(shared, site, stream, straight, record)).await
         }
         Route::Refused(refusal) => Err(refusal.into()),
         Route::Unknown => {
@@ -143,14 +145,13 @@ struct Way {
     seed: u64,
 }
 
-async fn through_tunnel(
+async fn open_tunnel(
     shared: &Shared,
     site: &Site,
-    stream: TcpStream,
     way: Way,
     allowed: Arc<std::collections::BTreeSet<SpiffeId>>,
     record: &mut Record,
-) -> Result<Ending, Ending> {
+) -> Result<(tunnel::Stream, Registration), Ending> {
     let identity = way.source.identity();
     let held = Instant::now() + shared.holds.certificate;
     let credentials = shared
@@ -187,7 +188,7 @@ async fn through_tunnel(
     let registration = enter(shared, judged, &way.snapshot, record)?;
     record.decided()?;
     record.opened();
-    Ok(carry(stream, opened.stream, record, &registration).await)
+    Ok((opened.stream, registration))
 }
 
 /// A tunnel is dialled inside the source's namespace, from its own address (T-9).
