@@ -21,3 +21,5 @@ mod plain;
 mod policies;
 mod policy;
 mod restart;
+mod rpc;
+mod web;

