@@ -23,6 +23,10 @@ use crate::{
 
 /// A packet comes from a pod.
 #[inline(always)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the helper answers with an action, which is a small number"
+)]
 pub(crate) fn packet(context: &TcContext) -> i32 {
     let raw = context.as_ptr().cast::<__sk_buff>();
     let Some(segment) = segment(raw) else { return GO_ON };
@@ -46,6 +50,7 @@ pub(crate) fn packet(context: &TcContext) -> i32 {
 }
 
 #[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "headers have some dozens of bytes")]
 fn segment(raw: *mut __sk_buff) -> Option<Segment> {
     let mut head = [0; HEAD_BYTES];
     // SAFETY: the context is the one of this hook, and so many bytes fit.

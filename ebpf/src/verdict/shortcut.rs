@@ -46,12 +46,7 @@ pub fn segment_v4(head: &[u8; HEAD_BYTES]) -> Option<Segment> {
     let address =
         |at: usize| Address::v4([head[IP + at], head[IP + at + 1], head[IP + at + 2], head[IP + at + 3]]);
     Some(Segment {
-        tuple: Tuple {
-            source: address(12),
-            target: address(16),
-            source_port: port(0),
-            target_port: port(2),
-        },
+        tuple: Tuple { source: address(12), target: address(16), source_port: port(0), target_port: port(2) },
         opens: head[V4_TCP + TCP_FLAGS] & SYN != 0,
     })
 }

@@ -46,7 +46,9 @@ pub enum KernelError {
     #[error("host workload `{key}` is in network namespace {found}, expected the host's, {expected}")]
     NotInHost { key: String, expected: u64, found: u64 },
     /// Somebody else's programs judge packets of this interface.
-    #[error("interface {interface} has {others} tcx programs of another owner, which would not see what a shortcut takes")]
+    #[error(
+        "interface {interface} has {others} tcx programs of another owner, which would not see what a shortcut takes"
+    )]
     Occupied { interface: u32, others: usize },
     /// There is no such enrolment.
     #[error("no workload with number {0} is enrolled")]

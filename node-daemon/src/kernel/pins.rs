@@ -161,9 +161,7 @@ pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>, KernelError> {
 fn is_link(path: &Path) -> bool {
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return false };
     let name = name.strip_suffix(NEW_SUFFIX).unwrap_or(name);
-    name == names::PROGRAM_STEER
-        || name == names::PROGRAM_SHORTCUT
-        || names::CGROUP_PROGRAMS.contains(&name)
+    name == names::PROGRAM_STEER || name == names::PROGRAM_SHORTCUT || names::CGROUP_PROGRAMS.contains(&name)
 }
 
 /// Order of removal: workloads before what they share; connect hooks, events, guards, steering, maps.
