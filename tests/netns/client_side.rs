@@ -413,7 +413,8 @@ fn within(edge: &Edge, cases: &mut Cases) {
     cases.case("SIMPLE towards a workload that speaks plaintext fails", || {
         edge.with(&datastore(SIMPLE), || {
             let watch = photo.a.watch();
-            assert_eq!(photo.frontend.http(service).text, "");
+            let echo = photo.service(Family::V4, ECHO);
+            assert_eq!(photo.frontend.ask(Connect::to(echo), &question()).text, "");
             watch.line(&[
                 ("direction", "outbound"),
                 ("reason", "tls"),

@@ -39,15 +39,15 @@ use super::{
 use crate::telemetry::{Event, Sink};
 
 /// Largest file, in bytes: four times the bundle of public roots of a distribution. A larger one is not read.
-pub const FILE_BYTES_MAX: u64 = 1024 * 1024;
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
 
 /// Sets of files that are kept: ten for each of 100 namespaces. Rules beyond it are refused, and [`SETS_LIMIT`] is told.
-pub const SETS_MAX: usize = 1_024;
+const SETS_MAX: usize = 1_024;
 
 const SETS_LIMIT: &str = "client_file_sets";
 
 /// The files in use are looked at this often, in seconds. An fstat each; mounted secrets change within a minute anyway.
-pub const LOOK_SECONDS: u64 = 2;
+const LOOK_SECONDS: u64 = 2;
 
 /// Where distributions keep the system's roots; the first that is there counts.
 const SYSTEM_ROOTS: [&str; 4] = [

@@ -100,11 +100,18 @@ fn follow(snapshot: &Snapshot, question: &Question) -> Result<(Arc<Workload>, Fo
     let caller = caller(snapshot, &question.from)?;
     let target = target(snapshot, &caller, &question.to)?;
     let not_judged = |why: String| Err(NoAnswer::NotJudged(format!("{} {why}", question.to)));
-    match snapshot.route(&caller, target, 0) {
+    let leaving = snapshot.leave(&caller, target, 0);
+    match leaving.route {
         Route::Tunnel { destination, endpoint, service, .. } => {
             Ok((caller, Found { destination, endpoint, service }))
         }
-        Route::Passthrough { target } => not_judged(format!("({target}) is not enrolled in the mesh")),
+        Route::Passthrough { target } => not_judged(match leaving.decided {
+            Some(decided) => format!(
+                "({target}) is reached past the tunnel and without an identity: {} says so ({})",
+                decided.policy, decided.rule
+            ),
+            None => format!("({target}) is not enrolled in the mesh"),
+        }),
         Route::Unknown => not_judged(format!("({target}) is an address of the mesh that belongs to nobody")),
         Route::Refused(refusal) => not_judged(format!("is refused at its caller: {refusal}")),
     }
