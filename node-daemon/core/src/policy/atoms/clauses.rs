@@ -1,5 +1,7 @@
 //! The rules of a port as lists of conditions, and which of them may still count once some attributes are known.
 
+use std::{collections::BTreeMap, ops::Range};
+
 use super::{
     super::{
         matching::Pattern,
@@ -10,14 +12,69 @@ use super::{
 };
 
 /// All groups must be met, each by one of its lists, and a list by all its conditions.
-pub(super) struct Clause<'r> {
+struct Clause<'r> {
     doubt: Doubt,
     groups: Vec<Vec<&'r [Condition]>>,
 }
 
-/// The clauses of one or two sets of rules.
-pub(super) fn clauses<'r>(rules: &[&'r PortRules]) -> Vec<Clause<'r>> {
-    rules.iter().flat_map(|rules| of_authorisation(&rules.authorisation)).collect()
+/// The clauses of one or two sets of rules, ready to be asked by attribute.
+pub(super) struct Clauses<'r> {
+    probes: BTreeMap<Attribute, Vec<Probe<'r>>>,
+    /// By clause and group: the numbers of the lists.
+    groups: Vec<Vec<Range<usize>>>,
+    lists: usize,
+}
+
+/// One condition on one attribute.
+struct Probe<'r> {
+    condition: &'r Condition,
+    doubt: Doubt,
+    clause: usize,
+    list: usize,
+    /// Whether a no ends its list: nothing else can make it a yes.
+    settles: bool,
+}
+
+impl<'r> Clauses<'r> {
+    pub(super) fn new(rules: &[&'r PortRules]) -> Self {
+        let mut all = Self { probes: BTreeMap::new(), groups: Vec::new(), lists: 0 };
+        for clause in rules.iter().flat_map(|rules| of_authorisation(&rules.authorisation)) {
+            all.add(&clause);
+        }
+        all
+    }
+
+    fn add(&mut self, clause: &Clause<'r>) {
+        let mut groups = Vec::new();
+        for lists in &clause.groups {
+            let first = self.lists;
+            for conditions in lists {
+                for condition in *conditions {
+                    self.add_condition(condition, clause.doubt);
+                }
+                self.lists += 1;
+            }
+            groups.push(first..self.lists);
+        }
+        self.groups.push(groups);
+    }
+
+    fn add_condition(&mut self, condition: &'r Condition, doubt: Doubt) {
+        let asked = attributes(condition.values());
+        // What hangs on several attributes is settled by the last of them, and a principal that may be the peer's or the
+        // token's by none.
+        let is_open = matches!(condition.values(), Values::Request(Asked::Principal, _));
+        let last = asked.last().cloned();
+        for attribute in asked {
+            let settles = !is_open && last.as_ref() == Some(&attribute);
+            let probe = Probe { condition, doubt, clause: self.groups.len(), list: self.lists, settles };
+            self.probes.entry(attribute).or_default().push(probe);
+        }
+    }
+
+    pub(super) fn conditions(&self) -> impl Iterator<Item = &'r Condition> {
+        self.probes.values().flatten().map(|probe| probe.condition)
+    }
 }
 
 fn of_authorisation(authorisation: &Authorisation) -> Vec<Clause<'_>> {
@@ -51,57 +108,50 @@ fn of_rule(rule: &Rule, doubt: Doubt) -> Clause<'_> {
     Clause { doubt, groups }
 }
 
-impl<'r> Clause<'r> {
-    pub(super) fn conditions(&self) -> impl Iterator<Item = (&'r Condition, Doubt)> {
-        let doubt = self.doubt;
-        self.groups.iter().flatten().flat_map(|list| list.iter()).map(move |condition| (condition, doubt))
-    }
-}
-
-/// Which lists of which clauses can still be met.
+/// Which lists can still be met.
 #[derive(Clone)]
-pub(super) struct Live {
-    /// By clause, group and list; an empty clause is one that cannot be met.
-    lists: Vec<Vec<Vec<bool>>>,
-}
+pub(super) struct Live(Vec<bool>);
+
+/// Lists that a value ended, with their clauses.
+pub(super) type Ended = Vec<(usize, usize)>;
 
 impl Live {
-    pub(super) fn all(clauses: &[Clause<'_>]) -> Self {
-        let groups =
-            |clause: &Clause<'_>| clause.groups.iter().map(|lists| vec![true; lists.len()]).collect();
-        Self { lists: clauses.iter().map(groups).collect() }
+    pub(super) fn all(clauses: &Clauses<'_>) -> Self {
+        Self(vec![true; clauses.lists])
     }
 
-    /// Asks every condition on `attribute` that may still count, and gives the answers and what is left.
+    /// Asks every condition on `attribute` that may still count.
     pub(super) fn ask(
         &self,
-        clauses: &[Clause<'_>],
+        clauses: &Clauses<'_>,
         attribute: &Attribute,
         holds: &dyn Fn(&Condition, Doubt) -> bool,
-    ) -> (Vec<bool>, Self) {
-        let (mut answers, mut left) = (Vec::new(), self.clone());
-        for (clause, groups) in clauses.iter().zip(&mut left.lists) {
-            for (lists, lives) in clause.groups.iter().zip(groups.iter_mut()) {
-                for (conditions, is_live) in lists.iter().zip(lives.iter_mut()).filter(|(_, live)| **live) {
-                    for condition in *conditions {
-                        let asked = attributes(condition.values());
-                        if !asked.contains(attribute) {
-                            continue;
-                        }
-                        let answer = holds(condition, clause.doubt);
-                        answers.push(answer);
-                        // What hangs on several attributes is settled by the last of them, and a principal that may be
-                        // the peer's or the token's by none.
-                        let is_open = matches!(condition.values(), Values::Request(Asked::Principal, _));
-                        *is_live &= answer || is_open || asked.last() != Some(attribute);
-                    }
-                }
-            }
-            if groups.iter().any(|lives| !lives.iter().any(|live| *live)) {
-                groups.clear();
+    ) -> (Vec<bool>, Ended) {
+        let (mut answers, mut ended) = (Vec::new(), Vec::new());
+        let probes = clauses.probes.get(attribute).into_iter().flatten();
+        for probe in probes.filter(|probe| self.0[probe.list]) {
+            let answer = holds(probe.condition, probe.doubt);
+            answers.push(answer);
+            if !answer && probe.settles {
+                ended.push((probe.clause, probe.list));
             }
         }
-        (answers, left)
+        (answers, ended)
+    }
+
+    /// Without the lists that ended, and without clauses of which a group has none left.
+    pub(super) fn without(&self, clauses: &Clauses<'_>, ended: &Ended) -> Self {
+        let mut left = self.clone();
+        for (_, list) in ended {
+            left.0[*list] = false;
+        }
+        for (clause, _) in ended {
+            let groups = &clauses.groups[*clause];
+            if groups.iter().any(|lists| !left.0[lists.clone()].contains(&true)) {
+                groups.iter().for_each(|lists| left.0[lists.clone()].fill(false));
+            }
+        }
+        left
     }
 }
 

@@ -27,7 +27,7 @@ use std::{
 pub(crate) use self::point::{Atom, NoKeys, TokenPoint};
 use self::{
     candidates::Candidates,
-    clauses::{Clause, Live, clauses},
+    clauses::{Clauses, Ended, Live},
     point::ClaimPoint,
 };
 pub use self::{
@@ -94,7 +94,7 @@ const CANDIDATES_MAX: usize = 20_000;
 pub(crate) struct Space<'r> {
     rules: Vec<&'r PortRules>,
     compiled: &'r Compiled,
-    clauses: Vec<Clause<'r>>,
+    clauses: Clauses<'r>,
     axes: BTreeMap<Attribute, Vec<Atom>>,
     /// What is not covered, in words.
     holes: BTreeSet<String>,
@@ -119,9 +119,9 @@ impl<'r> Space<'r> {
         rules: Vec<&'r PortRules>,
         varies: &dyn Fn(&Attribute) -> bool,
     ) -> Self {
-        let clauses = clauses(&rules);
+        let clauses = Clauses::new(&rules);
         let mut candidates = Candidates::new(compiled, &rules);
-        for (condition, _) in clauses.iter().flat_map(Clause::conditions) {
+        for condition in clauses.conditions() {
             candidates.add(condition.values());
         }
         let (axes, holes) = candidates.finish(varies);
@@ -159,7 +159,7 @@ impl<'r> Space<'r> {
             .collect();
         let mut live = Live::all(&self.clauses);
         for attribute in self.axes.keys().filter(|attribute| !varies(attribute)) {
-            live = self.ask(&live, attribute, base).1;
+            live = live.without(&self.clauses, &self.ask(&live, attribute, base).1);
         }
         self.step(&axes, base, &live, visit)
     }
@@ -199,17 +199,17 @@ impl<'r> Space<'r> {
         let is_fixed = (attribute.is_of_token() && !has_token)
             || (*attribute == Attribute::ServerName && point.peer.is_none());
         if is_fixed {
-            let (_, left) = self.ask(live, attribute, point);
-            return Ok(vec![(point.clone(), left)]);
+            let (_, ended) = self.ask(live, attribute, point);
+            return Ok(vec![(point.clone(), live.without(&self.clauses, &ended))]);
         }
         let (mut known, mut kinds) = (BTreeSet::new(), Vec::new());
         let mut enter = |atom: &Atom, kinds: &mut Vec<(Point, Live)>| {
             let mut changed = point.clone();
             changed.apply(atom);
-            let (answers, left) = self.ask(live, attribute, &changed);
+            let (answers, ended) = self.ask(live, attribute, &changed);
             let is_new = known.insert(answers);
             if is_new {
-                kinds.push((changed, left));
+                kinds.push((changed, live.without(&self.clauses, &ended)));
             }
             is_new
         };
@@ -237,46 +237,46 @@ impl<'r> Space<'r> {
     }
 
     /// Everything that tells values of `attribute` apart at this point.
-    fn ask(&self, live: &Live, attribute: &Attribute, point: &Point) -> (Vec<Answer>, Live) {
+    fn ask(&self, live: &Live, attribute: &Attribute, point: &Point) -> (Answers, Ended) {
         let by_token = *attribute >= Attribute::Token;
-        let (answers, left) = point.with_seen(by_token, |seen| {
+        let (mut answers, ended) = point.with_seen(by_token, |seen| {
             live.ask(&self.clauses, attribute, &|condition, doubt| condition.holds(seen, doubt))
         });
-        let mut answers: Vec<Answer> = answers.into_iter().map(Answer::Is).collect();
         self.ask_authentication(attribute, point, &mut answers);
-        (answers, left)
+        // Each is a kind of its own: whose it is, where it stands, for whom it was made.
+        let is_own_kind = matches!(attribute, Attribute::Token | Attribute::Audience);
+        let own = is_own_kind.then(|| format!("{:?}", point.atom(attribute)));
+        ((answers, own), ended)
     }
 
     /// What is asked before the rules are.
-    fn ask_authentication(&self, attribute: &Attribute, point: &Point, answers: &mut Vec<Answer>) {
+    fn ask_authentication(&self, attribute: &Attribute, point: &Point, answers: &mut Vec<bool>) {
         let steps = || self.rules.iter().flat_map(|rules| &rules.authentication.origins);
         let request = point.request.as_ref();
         match attribute {
             Attribute::Peer => {
-                answers.push(Answer::Is(point.peer.is_some()));
-                answers.push(Answer::Is(self.compiled.is_foreign(&point.facts())));
+                answers.push(point.peer.is_some());
+                answers.push(self.compiled.is_foreign(&point.facts()));
             }
             Attribute::Path => {
                 let path = request.and_then(|request| request.path.as_deref());
                 let methods = steps().flat_map(|step| &step.methods);
-                answers.extend(methods.map(|method| Answer::Is(Trigger::any_fires(&method.triggers, path))));
+                answers.extend(methods.map(|method| Trigger::any_fires(&method.triggers, path)));
             }
             // policy
             Attribute::Method if steps().next().is_some() => {
-                answers.push(Answer::Is(request.is_some_and(|request| request.method == "OPTIONS")));
+                answers.push(request.is_some_and(|request| request.method == "OPTIONS"));
             }
             Attribute::Header(name) if PREFLIGHT_HEADERS.contains(&&**name) && steps().next().is_some() => {
                 let value = request.and_then(|request| header(request, name));
-                answers.push(Answer::Is(value.is_some_and(|value| !value.is_empty())));
-            }
-            // Each is a kind of its own: whose it is, where it stands, for whom it was made.
-            Attribute::Token | Attribute::Audience => {
-                answers.push(Answer::Atom(point.atom(attribute).map(|atom| format!("{atom:?}"))));
+                answers.push(value.is_some_and(|value| !value.is_empty()));
             }
             Attribute::Source
             | Attribute::Destination
             | Attribute::ServerName
+            | Attribute::Token
             | Attribute::Subject
+            | Attribute::Audience
             | Attribute::Presenter
             | Attribute::Claim(_)
             | Attribute::Method
@@ -289,13 +289,8 @@ impl<'r> Space<'r> {
 /// The headers of a CORS preflight (policy ).
 const PREFLIGHT_HEADERS: [&str; 2] = ["origin", "access-control-request-method"];
 
-/// What one condition says of a value.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Answer {
-    Is(bool),
-    /// The value is told apart from all others.
-    Atom(Option<String>),
-}
+/// What the conditions say of a value, and the value itself where it is a kind of its own.
+type Answers = (Vec<bool>, Option<String>);
 
 fn single(atom: &Atom) -> Option<&String> {
     if let Atom::Claim(_, Some(ClaimPoint::Text(text))) = atom { Some(text) } else { None }
