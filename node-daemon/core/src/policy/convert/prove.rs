@@ -1,4 +1,7 @@
 //! Two sets of policy, asked the same of everything that either can tell apart, by the evaluator that enforces.
+//!
+//! Compared is what is enforced: what a dry run would say is not, and a request has one token at most. Claims are not
+//! empty, because issuers do not sign such ones.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
