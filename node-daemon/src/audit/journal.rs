@@ -146,6 +146,8 @@ pub(super) struct Journal {
     /// With what is in the buffer.
     state: State,
     buffer: Vec<u8>,
+    /// Records of what was found or repaired, until they stand in the file.
+    owed: Vec<Entry<'static>>,
 }
 
 /// The segment that is written.
@@ -218,6 +220,7 @@ impl Journal {
             written: state.clone(),
             state,
             buffer: Vec::new(),
+            owed: Vec::new(),
         };
         let lock = journal.locked().map_err(folder)?;
         let (found, of) = journal.adopt().map_err(folder)?;
@@ -261,6 +264,10 @@ impl Journal {
         self.buffer.clear();
         self.state = self.written.clone();
         self.catch_up().map_err(|source| self.fault(source))?;
+        let now = SystemTime::now();
+        for entry in self.owed.clone() {
+            self.put(now, &entry);
+        }
         Ok(lock)
     }
 
@@ -320,6 +327,7 @@ impl Journal {
         }
         self.state.length += self.buffer.len() as u64;
         self.buffer.clear();
+        self.owed.clear();
         self.written = self.state.clone();
         Ok(())
     }
@@ -374,6 +382,9 @@ impl Journal {
     fn resume(&mut self) -> io::Result<()> {
         let own = self.written.clone();
         let (found, _) = self.adopt()?;
+        if !found.is_whole() {
+            self.owe(found.entry());
+        }
         let now = SystemTime::now();
         let left = own.chain.last_sequence();
         let here = self.file.as_ref().map_or(0, |_| self.written.chain.last_sequence());
@@ -382,18 +393,24 @@ impl Journal {
             // No daemon writes less, or anew: the chain goes on from what was written, which shows what is missing.
             self.written = State { signer: None, ..own };
             self.state = self.written.clone();
+            // In a segment of its own, of which nothing was written in the place that is in doubt.
+            self.file = None;
+            self.owe(Entry::Gap { expected: left, found: here });
             self.create(self.next_segment()?, now)?;
-            self.put(now, &Entry::Gap { expected: left, found: here });
         } else if self.file.is_none() {
             self.create(self.next_segment()?, now)?;
         } else {
             self.written.unsigned = own.unsigned;
             self.state = self.written.clone();
         }
-        if !found.is_whole() {
-            self.put(now, &found.entry());
-        }
         Ok(())
+    }
+
+    /// What is found again because it could not be written yet is one record.
+    fn owe(&mut self, entry: Entry<'static>) {
+        if !self.owed.contains(&entry) {
+            self.owed.push(entry);
+        }
     }
 
     /// A number that no segment has, here or in this daemon's memory.

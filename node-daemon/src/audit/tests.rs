@@ -753,8 +753,12 @@ fn a_full_disk_keeps_what_waits_and_the_log_is_whole_again() {
 fn what_cannot_even_be_cut_is_repaired_and_told() {
     let world = World::new("uncut");
     let mut daemon = on_small_disk(&world, 100);
+    let before = fs::metadata(&world.files()[0]).unwrap().len();
     CUTS.set(false);
     daemon.decided(&[ALLOWED]);
+    CUTS.set(true);
+    daemon.later(1);
+    assert_eq!(fs::metadata(&world.files()[0]).unwrap().len(), before, "repaired, and still no room");
     ROOM.set(usize::MAX);
     daemon.later(1);
     daemon.stop();

@@ -27,7 +27,7 @@ use crate::{
 pub(super) const BATCH_MAX: usize = 256;
 
 /// What is written is on the disk within this, in seconds.
-pub const SYNC_SECONDS: u64 = 1;
+pub(super) const SYNC_SECONDS: u64 = 1;
 
 /// Between two tries to write where the disk is full or refuses, and to sign where there is no certificate.
 const RETRY: Duration = Duration::from_secs(1);
