@@ -20,9 +20,9 @@ use crate::{
     workload::{ObjectName, SameNode, Workload},
 };
 
-/// Questions to the policy for one table. Reckoning: 1.5 us each (200 pods with rights of their own, two ports each: 120,000 in 0.17 s), and a change
-/// of policy must be in force within 1 s. 400 pods of
-/// as many accounts with two ports each are 480,000. At the limit there is no table: everything takes the way through the daemon.
+/// Questions to the policy for one table. Reckoning: 1.5 us each (200 pods with rights of their own and two ports each: 120,000
+/// in 0.17 s), and a change of policy must be in force within 1 s. 400 pods of as many accounts with two ports each are 480,000.
+/// At the limit there is no table: everything takes the way through the daemon.
 pub const QUESTIONS_MAX: usize = 500_000;
 
 /// See the module.

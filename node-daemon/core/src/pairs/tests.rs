@@ -65,7 +65,7 @@ fn what_layer_4_denies_the_kernel_denies() {
 #[test]
 fn what_only_a_request_can_answer_is_asked() {
     let get = policy("get", "ALLOW", "[{to: [{operation: {methods: [GET]}}]}]");
-    check(&[get.clone()], 80, Ask);
+    check(std::slice::from_ref(&get), 80, Ask);
     // On a port that is not HTTP it grants nothing: certain.
     check(&[get], 5432, Deny);
     let tokens = "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: t, namespace: photo}\n\
@@ -155,7 +155,7 @@ fn a_clients_rule_for_a_headless_service_is_the_daemons_business() {
              spec: {{host: dbs.photo.svc.cluster.local, trafficPolicy: {{tls: {{mode: {mode}}}}}}}\n"
         )
     };
-    check(&[headless.clone()], 5432, Permit);
+    check(std::slice::from_ref(&headless), 5432, Permit);
     check(&[headless.clone(), rule("ISTIO_MUTUAL")], 5432, Permit);
     check(&[headless.clone(), rule("DISABLE")], 5432, Ask);
     check(&[headless, rule("DISABLE")], 80, Permit);
@@ -239,8 +239,8 @@ fn any_documents() -> impl Strategy<Value = Vec<String>> {
     ]);
     let action = prop::sample::select(vec!["ALLOW", "DENY", "AUDIT"]);
     let rules = prop::collection::vec((action, rule, name), 0..4);
-    let mode = prop::option::of(prop::sample::select(vec!["STRICT", "PERMISSIVE", "DISABLE"]));
-    (pods, rules, mode).prop_map(|(pods, rules, transport)| {
+    let modes = prop::option::of(prop::sample::select(vec!["STRICT", "PERMISSIVE", "DISABLE"]));
+    (pods, rules, modes).prop_map(|(pods, rules, transport)| {
         let mut documents: Vec<String> = pods
             .into_iter()
             .zip(["a", "b", "c"])
@@ -257,13 +257,9 @@ fn any_documents() -> impl Strategy<Value = Vec<String>> {
         documents.extend(rules.into_iter().enumerate().map(|(index, (action, rules, app))| {
             policy(&format!("p{index}"), action, rules).replace("app: db", &format!("app: {app}"))
         }));
-        documents.extend(transport.map(mode_of));
+        documents.extend(transport.map(mode));
         documents
     })
-}
-
-fn mode_of(transport: &str) -> String {
-    mode(transport)
 }
 
 proptest! {
@@ -317,7 +313,6 @@ fn relayed(
     answers
 }
 
-/// What 200 pods of as many accounts cost, each with rights of its own.
 #[test]
 fn two_hundred_pods_are_one_table() {
     let mut documents: Vec<String> = (0..200_u8)
@@ -330,12 +325,9 @@ fn two_hundred_pods_are_one_table() {
         policy(&format!("p{n}"), "ALLOW", &rules).replace("app: db", &format!("app: pod-{}", (n + 1) % 200))
     }));
     let world = snapshot(&join(&documents));
-    let started = std::time::Instant::now();
     let table = PairTable::desired(&world).expect("within the limits");
-    let taken = started.elapsed();
     assert_eq!(table.sources.len(), 200);
     assert_eq!(table.verdict(&named("pod-0"), &named("pod-1"), 81), Permit);
     assert_eq!(table.verdict(&named("pod-0"), &named("pod-2"), 81), Deny);
-    assert!(taken < std::time::Duration::from_secs(2), "{taken:?} for {} entries", table.pairs.len());
-    eprintln!("200 pods, 120,000 questions: {taken:?}, {} entries", table.pairs.len());
+    assert!(table.pairs.len() >= 80_000, "each of them has rights of its own");
 }

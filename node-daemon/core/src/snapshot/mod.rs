@@ -370,7 +370,7 @@ impl Snapshot {
         for (declared, source) in workloads {
             let word = namespaces.get(&declared.workload.name.namespace);
             let workload = enrol(declared, word, contents.previous.as_deref());
-            let same_node = declared.same_node.or(word.and_then(|word| word.same_node));
+            let same_node = declared.same_node.or_else(|| word.and_then(|word| word.same_node));
             if same_node.unwrap_or(mesh.same_node) == SameNode::Proxied {
                 proxied.insert(workload.name.clone());
             }
