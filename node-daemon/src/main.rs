@@ -70,10 +70,16 @@ fn cleanup(config: &Config) -> Result<()> {
 }
 
 fn runtime(workers: Option<usize>) -> Result<Runtime> {
-    let mut builder = Builder::new_multi_thread();
-    if let Some(workers) = workers {
-        builder.worker_threads(workers);
-    }
+    let mut builder = match workers {
+        // A single worker has nobody to share with, and is spared what sharing costs.
+        Some(1) => Builder::new_current_thread(),
+        Some(workers) => {
+            let mut builder = Builder::new_multi_thread();
+            builder.worker_threads(workers);
+            builder
+        }
+        None => Builder::new_multi_thread(),
+    };
     builder.thread_name("culvert").enable_all().build().context("start the runtime")
 }
 
