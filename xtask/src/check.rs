@@ -15,7 +15,7 @@ use crate::{
 const CARGO_DENY: &str = "0.20.2";
 
 /// Each of these is also linted alone: that finds a dependency used by luck.
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 11] = [
     "ebpf-abi",
     "spiffe-id",
     "ca-proto",
@@ -25,6 +25,7 @@ const PACKAGES: [&str; 10] = [
     "policy-oracle",
     "fuzz-bodies",
     "mesh-tests",
+    "mesh-bench",
     "xtask",
 ];
 

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 
 use crate::{
     ebpf, packages,
-    packages::{COMPILER, IP, NSENTER, OPENSSL, PYTHON},
+    packages::{COMPILER, IP, NFT, NSENTER, OPENSSL, PYTHON},
     peers, root, tidy,
     toolchain::{self, STABLE, cargo, run, say},
 };
@@ -31,7 +31,7 @@ const UNPRIVILEGED: [&str; 9] = [
 pub(crate) fn test(filter: &[String]) -> anyhow::Result<()> {
     packages::require_root("`cargo xtask test`")?;
     step("packages and toolchains", || {
-        packages::require(&[COMPILER, IP, NSENTER, OPENSSL, PYTHON])?;
+        packages::require(&[COMPILER, IP, NSENTER, NFT, OPENSSL, PYTHON])?;
         peers::install()?;
         toolchain::stable()
     })?;
@@ -54,7 +54,7 @@ pub(crate) fn test(filter: &[String]) -> anyhow::Result<()> {
     step("tests in network namespaces", || {
         run(cargo(STABLE)
             .current_dir(root())
-            .args(["test", "--package", "mesh-tests", "--", "--test-threads=1"])
+            .args(["test", "--package", "mesh-tests", "--package", "mesh-bench", "--", "--test-threads=1"])
             .args(filter))
     })
 }
