@@ -348,7 +348,7 @@ impl Meeting {
         let now = snapshot.workload(&destination.name).filter(|now| now.enrolled)?;
         let facts = ConnectionFacts {
             presented: Presented::Attested(source.identity.clone()),
-            source_address: self.from_or_own()?.ip(),
+            source_address: self.client_address()?.ip(),
             destination_address: self.to.ip(),
             destination_port: self.to.port(),
             destination: Arc::clone(now),
@@ -361,7 +361,7 @@ impl Meeting {
     }
 
     /// Of a connect that was refused the kernel does not know the source's address yet: it has none before it is let go.
-    fn from_or_own(&self) -> Option<SocketAddr> {
+    fn client_address(&self) -> Option<SocketAddr> {
         let own = || {
             let mut addresses = self.source.as_ref()?.addresses.iter();
             addresses.find(|own| own.is_ipv4() == self.to.is_ipv4()).map(|own| SocketAddr::new(*own, 0))
@@ -370,7 +370,7 @@ impl Meeting {
     }
 
     fn ends(&self, events: &Sink, deciding: &Deciding) -> Ends {
-        let from = self.from_or_own();
+        let from = self.client_address();
         let source = match (&self.source, from) {
             (Some(source), Some(from)) => workload_end(source, from),
             (_, address) => Endpoint { address, ..Endpoint::default() },

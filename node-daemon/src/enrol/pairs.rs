@@ -97,7 +97,8 @@ impl Pairs {
         let number = |pod: &ObjectName| pods.get(pod).map(|pod| pod.number);
         let table = self.wanted.as_ref().map(|wanted| translate(wanted, number)).unwrap_or_default();
         let addresses = owners(pods.values().map(|pod| (pod.number, pod.addresses.as_slice())));
-        let mut problem = self.barrier.clone().or(self.wanted.as_ref().err().map(NoTable::to_string));
+        let no_table = || self.wanted.as_ref().err().map(NoTable::to_string);
+        let mut problem = self.barrier.clone().or_else(no_table);
         let wanted = Present { table, addresses };
         if self.present.as_ref() == Some(&wanted) {
             self.ledger.go_on();
