@@ -26,7 +26,7 @@ pub(super) const SNAPSHOTS_WAITING_MAX: usize = 64;
 pub(super) enum Item {
     Decided {
         at: SystemTime,
-        decision: Decision,
+        decision: Box<Decision>,
     },
     /// Look whether it is time to stop.
     Wake,
@@ -113,7 +113,7 @@ impl Recorder for Queue {
         if self.is_stopping() || denies && self.failing.load(Ordering::Relaxed) {
             return self.refuse(denies);
         }
-        match self.waiting.try_send(Item::Decided { at: SystemTime::now(), decision }) {
+        match self.waiting.try_send(Item::Decided { at: SystemTime::now(), decision: Box::new(decision) }) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => self.refuse(denies),
         }

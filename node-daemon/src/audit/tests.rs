@@ -522,7 +522,8 @@ fn who_changes_files_beneath_a_running_daemon_is_found() {
         fs::remove_file(path).unwrap();
         fs::write(path, text.replace("\"denied\"", "\"allows\"")).unwrap();
     };
-    let table: [(&str, &dyn Fn(&Path)); 5] =
+    type Case<'a> = (&'a str, &'a dyn Fn(&Path));
+    let table: [Case<'_>; 5] =
         [("cut", &cut), ("gone", &gone), ("emptied", &emptied), ("garbage", &garbage), ("changed", &changed)];
     for (what, meddle) in table {
         let world = World::new(&format!("meddled-{what}"));

@@ -66,7 +66,7 @@ pub(super) struct Writer {
 
 /// One record to be.
 enum Waiting {
-    Entry { at: SystemTime, entry: Entry<'static> },
+    Entry { at: SystemTime, entry: Box<Entry<'static>> },
     Snapshot { at: SystemTime, number: u64, digest: Arc<str> },
     Decision { at: SystemTime, decision: Box<Decision> },
 }
@@ -105,9 +105,9 @@ impl Writer {
         let at = SystemTime::now();
         // A predecessor that still writes has no stop, and nothing is wrong with that.
         if !(found.is_clean() || is_successor && found.is_whole()) {
-            self.waiting.push(Waiting::Entry { at, entry: found.entry() });
+            self.waiting.push(Waiting::Entry { at, entry: Box::new(found.entry()) });
         }
-        let entry = Entry::Start { version: env!("CARGO_PKG_VERSION") };
+        let entry = Box::new(Entry::Start { version: env!("CARGO_PKG_VERSION") });
         self.waiting.push(Waiting::Entry { at, entry });
     }
 
@@ -156,7 +156,7 @@ impl Writer {
     pub(super) fn take(&mut self, item: Item) {
         match item {
             Item::Decided { at, decision } => {
-                self.waiting.push(Waiting::Decision { at, decision: Box::new(decision) });
+                self.waiting.push(Waiting::Decision { at, decision });
             }
             Item::Wake => {}
         }
@@ -189,7 +189,8 @@ impl Writer {
     fn take_lost(&mut self) {
         let records = mem::take(&mut self.lost);
         if records > 0 {
-            self.waiting.push(Waiting::Entry { at: SystemTime::now(), entry: Entry::Lost { records } });
+            self.waiting
+                .push(Waiting::Entry { at: SystemTime::now(), entry: Box::new(Entry::Lost { records }) });
         }
     }
 
@@ -336,7 +337,7 @@ impl Writer {
         self.count_lost();
         self.take_snapshots();
         self.take_lost();
-        self.waiting.push(Waiting::Entry { at: SystemTime::now(), entry: Entry::Stop });
+        self.waiting.push(Waiting::Entry { at: SystemTime::now(), entry: Box::new(Entry::Stop) });
         let written = self.write(true, Instant::now());
         self.tell(written);
         self.sync();

@@ -9,6 +9,10 @@ use super::Digest;
 /// What is written.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there is one at a time, and most are decisions: a box would be one more allocation each"
+)]
 pub enum Entry<'a> {
     /// The first line of a file.
     Segment(Segment<'a>),

@@ -44,8 +44,8 @@ impl Digest {
     fn hex(&self) -> [u8; 64] {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let mut text = [0; 64];
-        for (pair, byte) in text.chunks_exact_mut(2).zip(self.0) {
-            pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+        for (pair, byte) in text.as_chunks_mut::<2>().0.iter_mut().zip(self.0) {
+            *pair = [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]];
         }
         text
     }
@@ -88,7 +88,7 @@ impl FromStr for Digest {
             return Err(InvalidDigest);
         }
         let mut digest = [0; 32];
-        for (byte, pair) in digest.iter_mut().zip(bytes.chunks_exact(2)) {
+        for (byte, pair) in digest.iter_mut().zip(bytes.as_chunks::<2>().0) {
             *byte = digit(pair[0])? << 4 | digit(pair[1])?;
         }
         Ok(Self(digest))

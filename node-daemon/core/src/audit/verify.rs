@@ -341,9 +341,10 @@ impl<'w> Verifier<'w> {
     fn record(&mut self, line: &Line, digest: Digest) {
         self.judge_place(line);
         if self.line == 1 {
-            match &line.read {
-                Read::Segment(header) => self.open(header, line),
-                _ => self.find(Problem::NoHeader),
+            if let Read::Segment(header) = &line.read {
+                self.open(header, line);
+            } else {
+                self.find(Problem::NoHeader);
             }
         } else if matches!(line.read, Read::Segment(_)) {
             self.find(Problem::HeaderInside);
