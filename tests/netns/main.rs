@@ -22,4 +22,5 @@ mod policies;
 mod policy;
 mod restart;
 mod rpc;
+mod shortcut;
 mod web;
