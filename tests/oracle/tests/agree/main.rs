@@ -346,7 +346,7 @@ fn plain(path: &str) -> Asked {
 
 /// A reading of the specification with one error in it is found out.
 #[track_caller]
-fn is_found_out(name: &str, misread: fn(&Asked) -> Asked) {
+fn is_found_out(name: &str, misread: Misread) {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
     let config = Config {
         cases: MUTANT_CASES,
@@ -362,6 +362,9 @@ fn is_found_out(name: &str, misread: fn(&Asked) -> Asked) {
     });
     assert!(result.is_err(), "{name}: nobody noticed in {MUTANT_CASES} questions");
 }
+
+/// A reading with an error in it.
+type Misread = fn(&Asked) -> Asked;
 
 /// The documents, changed before the naive evaluator reads them.
 fn rewritten(asked: &Asked, rewrite: impl Fn(&mut serde_json::Value)) -> Asked {
@@ -394,7 +397,7 @@ fn without_key(asked: &Asked, key: &'static str) -> Asked {
 
 #[test]
 fn an_error_in_either_evaluator_is_found_out() {
-    let mutants: [(&str, fn(&Asked) -> Asked); 16] = [
+    let mutants: [(&str, Misread); 16] = [
         ("denials are grants", |asked| {
             rewritten(asked, |spec| {
                 if spec["action"] == "DENY" {

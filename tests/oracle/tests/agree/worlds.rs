@@ -9,17 +9,17 @@ use proptest::{collection::vec, option, prelude::*, sample::select};
 use serde_json::{Map, Value, json};
 
 /// 2019-01-01T00:00:00Z
-pub const NOW: u64 = 1_546_300_800;
+pub(crate) const NOW: u64 = 1_546_300_800;
 
 /// One question.
 #[derive(Clone, Debug)]
-pub struct Asked {
-    pub world: World,
-    pub connection: Connection,
-    pub request: Request,
+pub(crate) struct Asked {
+    pub(crate) world: World,
+    pub(crate) connection: Connection,
+    pub(crate) request: Request,
 }
 
-pub fn asked() -> impl Strategy<Value = Asked> {
+pub(crate) fn asked() -> impl Strategy<Value = Asked> {
     (domains(), services(), mode(), documents(), connection(), request(), address()).prop_map(
         |((trust_domain, aliases), services, default_mode, documents, mut connection, request, address)| {
             let labels = [("app", "web"), ("tier", "x")];
@@ -122,7 +122,7 @@ fn connection() -> impl Strategy<Value = Connection> {
 }
 
 /// Paths with the tricks of attackers.
-pub fn path() -> impl Strategy<Value = String> {
+pub(crate) fn path() -> impl Strategy<Value = String> {
     let piece = prop_oneof![
         6 => one_of(&["a", "b", "admin", "free", "pub", "x.txt"]),
         2 => one_of(&["..", ".", "", "%2e", "%2E%2e", ".%2e", "%61", "%2F", "%2fadmin", "a;b", "..;", "...", "%7E"]),
