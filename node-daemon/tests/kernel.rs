@@ -910,7 +910,8 @@ impl World {
             }
         }
         let mut found = Vec::new();
-        walk(&self.bpffs(), &mut found);
+        // Beside it the kernel itself keeps files that show maps and programs.
+        walk(&self.bpffs().join("culvert"), &mut found);
         found.sort();
         found
     }

@@ -15,7 +15,9 @@ use std::{
     time::Duration,
 };
 
-use ebpf_abi::{DirectEvent, DirectEventKind, DirectValue, PairKey, PairVerdict, Tuple, WorkloadNumber};
+use ebpf_abi::{
+    DirectEvent, DirectEventKind, DirectValue, PairKey, PairVerdict, Tuple, WorkloadNumber, limits,
+};
 use nix::sys::socket::{setsockopt, sockopt::TcpFastOpenConnect};
 use node_daemon::{
     kernel::{DirectEvents, DirectTable, EnrolTarget, Kernel, KernelError, MapSizes, WorkloadKind},
@@ -744,15 +746,9 @@ fn a_tuple_is_over_with_its_connection() {
         let (_, peer, _) = pair.at_destination.inbound.accept_one();
         assert_eq!(peer, tuple);
         pair.application.nothing_waits();
+        // The namespace may go later than its handle, the device and its routes go now.
+        ip(&format!("-n {} link delete eth1", pair.world.peer.name));
         drop((again, forger));
-        for (family, address) in [("-4", POD4), ("-6", POD6)] {
-            let prefix = if family == "-4" { 32 } else { 128 };
-            let mut command = Command::new("ip");
-            command.args([family, "-n", &pair.world.peer.name, "route", "delete"]);
-            command.arg(format!("{address}/{prefix}")).stderr(Stdio::null());
-            // They went with the forger's device, where the kernel was quick.
-            spawn(&mut command).wait().expect("iproute2 is installed");
-        }
         // The workload itself may use it again, as another connection with a right of its own.
         let again = pair.world.pod.socket(target);
         again.bind(&tuple.into()).expect("the port is free");
@@ -1064,6 +1060,20 @@ fn events_that_do_not_fit_are_counted_and_refusals_fill_half() {
     );
     pair.check_direct(PEER4);
     assert!(events(&mut reader, 1).iter().any(|told| told.kind() == Some(DirectEventKind::Opened)));
+}
+
+#[test]
+fn events_are_taken_in_portions() {
+    let mut pair = Pair::enrol();
+    let mut reader = pair.kernel.direct().events().expect("a map");
+    pair.kernel.set_pairs(&pair.table(&[(PORT, PairVerdict::Deny)])).expect("the table fits");
+    for _ in 0..limits::DIRECT_EVENTS_AT_ONCE + 3 {
+        pair.check_refused(PEER4, PORT);
+    }
+    assert_eq!(reader.take().expect("the owner").len(), limits::DIRECT_EVENTS_AT_ONCE);
+    assert_eq!(reader.take().expect("the owner").len(), 3);
+    assert_eq!(reader.take().expect("the owner"), []);
+    assert_eq!(count(&pair.kernel, "direct_event_lost"), 0);
 }
 
 #[test]
