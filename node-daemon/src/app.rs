@@ -181,7 +181,19 @@ impl Daemon {
         });
         let datapath = Arc::new(Mutex::new(Some(datapath)));
         let stage = watch::Sender::new(Stage::Running);
-        let views = views(config, &control, &certs, &enrolment, &datapath, &files, &keys, &stage, events);
+        let views = views(
+            config,
+            &Rooms {
+                control: &control,
+                certs: &certs,
+                enrolment: &enrolment,
+                datapath: &datapath,
+                files,
+                keys,
+            },
+            &stage,
+            events,
+        );
         let pages = Pages::open(config, views).await?;
         Ok(Self { place, audit, control, certs, enrolment, datapath, stage, pages })
     }
@@ -316,17 +328,18 @@ fn remove_socket(path: &Path) -> Result<()> {
     }
 }
 
-fn views(
-    config: &Config,
-    control: &control::Handle,
-    certs: &Arc<certs::Handle>,
-    enrolment: &Enrolment,
-    datapath: &Datapath,
-    files: &Arc<ClientFiles>,
-    keys: &Arc<jwks::Store>,
-    stage: &watch::Sender<Stage>,
-    events: &Sink,
-) -> Views {
+/// Whose state is looked at.
+struct Rooms<'a> {
+    control: &'a control::Handle,
+    certs: &'a Arc<certs::Handle>,
+    enrolment: &'a Enrolment,
+    datapath: &'a Datapath,
+    files: Arc<ClientFiles>,
+    keys: Arc<jwks::Store>,
+}
+
+fn views(config: &Config, rooms: &Rooms<'_>, stage: &watch::Sender<Stage>, events: &Sink) -> Views {
+    let Rooms { control, certs, enrolment, datapath, files, keys } = rooms;
     let (enrolled, counted, table) = (enrolment.views(), enrolment.views(), enrolment.views());
     // The views do not keep the room running.
     let (certificates, node_certificate) = (Arc::downgrade(certs), Arc::downgrade(certs));

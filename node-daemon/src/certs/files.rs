@@ -293,6 +293,7 @@ impl ClientFiles {
     }
 
     /// Opens a file beneath the namespace's folder: no path and no link leads out of it (T-20).
+    #[allow(clippy::wildcard_enum_match_arm, reason = "the kernel's other errors are told as they are")]
     fn open(&self, named: &NamedFiles, field: &'static str, path: &str) -> Result<File, FileFault> {
         let Some(folder) = self.folders.get(&*named.namespace) else {
             let expected = format!("a folder of files for namespace {}", named.namespace);

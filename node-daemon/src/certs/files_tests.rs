@@ -191,7 +191,8 @@ fn a_bad_change_keeps_what_was_and_is_said() {
     let (Some(first), None) = used() else { panic!("the files are good") };
     let (Some(again), None) = used() else { panic!("nothing changed") };
     assert!(Arc::ptr_eq(&first, &again), "unchanged files are not read again");
-    let bad: [(&str, Box<dyn Fn()>); 3] = [
+    type Break<'g> = Box<dyn Fn() + 'g>;
+    let bad: [(&str, Break<'_>); 3] = [
         ("spec.trafficPolicy.tls.caCertificates", Box::new(|| ground.put("ca.pem", "words"))),
         (
             "spec.trafficPolicy.tls.clientCertificate",

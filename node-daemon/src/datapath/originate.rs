@@ -123,9 +123,7 @@ impl Side for TlsStream<TcpStream> {
 
     /// In TLS 1.3 the server judges the client when the client believes the handshake done.
     fn refusal(&self, error: &io::Error) -> Option<String> {
-        match error.get_ref()?.downcast_ref()? {
-            rustls::Error::AlertReceived(alert) => Some(format!("the server refused this side: {alert:?}")),
-            _ => None,
-        }
+        let rustls::Error::AlertReceived(alert) = error.get_ref()?.downcast_ref()? else { return None };
+        Some(format!("the server refused this side: {alert:?}"))
     }
 }

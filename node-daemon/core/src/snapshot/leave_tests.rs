@@ -251,7 +251,7 @@ fn a_host_outside_is_known_by_the_entry_of_the_clients_namespace() {
     check(&[entry("root", API), simple.clone()], OUTSIDE, spoken);
     // A tenant leads nobody else's connections.
     check(&[entry("elsewhere", API), simple.clone()], OUTSIDE, "straight 192.0.2.7:443");
-    check(&[simple.clone()], OUTSIDE, "straight 192.0.2.7:443");
+    check(std::slice::from_ref(&simple), OUTSIDE, "straight 192.0.2.7:443");
     // Another port of the same address is left alone.
     check(&[entry("photo", API), simple.clone()], "192.0.2.7:80", "straight 192.0.2.7:80");
     let named = format!("{API}, subjectAltNames: [a, b]");
