@@ -75,7 +75,7 @@ impl Ca {
         *self.workload_lifetime_seconds.lock().unwrap_or_else(PoisonError::into_inner) = seconds;
     }
 
-    /// Starts it, and waits until it accepts.
+    /// Starts it, and waits until it accepts, nodes and administrators.
     ///
     /// # Panics
     /// If it ends or does not accept in time.
@@ -88,7 +88,8 @@ impl Ca {
         command.env("NO_COLOR", "1");
         let mut process = Process::start("culvert-ca", &mut command).expect("a shell can be started");
         let deadline = Instant::now() + START_TIME_MAX;
-        while wire.run(|| TcpStream::connect(self.address)).is_err() {
+        let socket = self.root.join("run/culvert/ca.sock");
+        while wire.run(|| TcpStream::connect(self.address)).is_err() || !socket.exists() {
             assert!(process.runs(), "culvert-ca ended\n{}", process.log().tail());
             assert!(Instant::now() < deadline, "culvert-ca does not listen\n{}", process.log().tail());
             std::thread::park_timeout(START_TURN);
