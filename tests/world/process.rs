@@ -55,10 +55,7 @@ impl Process {
     }
 
     fn spawn(name: &str, command: &mut Command) -> Result<Self> {
-        let mut child = command
-            .stderr(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("starting {name}"))?;
+        let mut child = command.stderr(Stdio::piped()).spawn().with_context(|| format!("starting {name}"))?;
         let log = Log { name: name.to_owned(), shared: Arc::default() };
         if let Some(stdout) = child.stdout.take() {
             log.follow(stdout);

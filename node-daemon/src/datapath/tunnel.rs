@@ -131,12 +131,7 @@ pub(super) fn negotiated(session: &CommonState) -> Tls {
     };
     let group = session.negotiated_key_exchange_group().map(|group| format!("{:?}", group.name()));
     let cipher = session.negotiated_cipher_suite().map(|suite| format!("{:?}", suite.suite()));
-    Tls {
-        version,
-        group: group.unwrap_or_default(),
-        cipher: cipher.unwrap_or_default(),
-        server_name: None,
-    }
+    Tls { version, group: group.unwrap_or_default(), cipher: cipher.unwrap_or_default(), server_name: None }
 }
 
 // ---- the end that is dialled ---------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ fn veth_of(link: &LinkMessage) -> Option<Veth> {
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::LinkInfo(infos) => {
-                is_veth = infos.iter().any(|info| *info == LinkInfo::Kind(InfoKind::Veth));
+                is_veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
             }
             LinkAttribute::Link(index) => other = Some(*index),
             LinkAttribute::LinkNetNsId(id) => namespace = Some(*id),

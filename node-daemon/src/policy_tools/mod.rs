@@ -16,7 +16,8 @@ pub use self::{
     cases::{Tested, UnusableCases, test},
     convert::{Converted, NoConversion, convert},
     replay::{
-        CONNECTIONS_MAX, GROUPS_MAX, LINE_BYTES_MAX, LINES_NAMED_MAX, NoReplay, Replayed, SNAPSHOTS_MAX, replay,
+        CONNECTIONS_MAX, GROUPS_MAX, LINE_BYTES_MAX, LINES_NAMED_MAX, NoReplay, Replayed, SNAPSHOTS_MAX,
+        replay,
     },
     why::{Answer, NoAnswer, Question, why},
 };
