@@ -18,14 +18,15 @@ fn routed(
     seed: u64,
 ) -> (String, BTreeSet<String>, Option<String>) {
     let caller = testing::workload(snapshot, "caller");
-    match snapshot.route(&caller, testing::at(target), seed) {
-        Route::Tunnel { destination, allowed, service, .. } => (
-            destination.identity.principal(),
-            allowed.iter().map(SpiffeId::principal).collect(),
-            service.map(|name| name.to_string()),
-        ),
-        other => panic!("{target} leads to {other:?}"),
-    }
+    let route = snapshot.route(&caller, testing::at(target), seed);
+    let Route::Tunnel { destination, allowed, service, .. } = route else {
+        panic!("{target} leads to {route:?}");
+    };
+    (
+        destination.identity.principal(),
+        allowed.iter().map(SpiffeId::principal).collect(),
+        service.map(|name| name.to_string()),
+    )
 }
 
 #[test]
