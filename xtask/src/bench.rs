@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use anyhow::{Context as _, bail};
-use clap::Args;
+use clap::{Args, Subcommand};
 
 use crate::{
     ebpf, envoy, packages,
@@ -18,7 +18,10 @@ const PACKAGES: [&str; 4] = ["node-daemon", "ca-server", "mesh-tests", "mesh-ben
 
 /// What to measure; all of it takes some ten minutes on two cores after the build.
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Wanted {
+    #[command(subcommand)]
+    alone: Option<Alone>,
     /// Only these paths, measures and topologies, e.g. `direct,rtt64`; plain comes along for the ratio
     #[arg(long)]
     only: Vec<String>,
@@ -42,22 +45,32 @@ pub(crate) struct Wanted {
     workers: Option<u16>,
 }
 
+/// What is measured without the rest.
+#[derive(Subcommand)]
+enum Alone {
+    /// What 10,000 policies cost by themselves: compiled, one changed, and asked; leaves policy.json and policy.md
+    Policy {
+        /// Rounds [default: 5]
+        #[arg(long)]
+        repeat: Option<u32>,
+    },
+}
+
 /// Builds the release, measures it, and leaves latest.json, latest.md and latest.svg in target/bench.
 ///
 /// # Errors
 /// A step that failed.
 pub(crate) fn bench(wanted: &Wanted) -> anyhow::Result<()> {
+    if let Some(Alone::Policy { repeat }) = &wanted.alone {
+        return policy(*repeat);
+    }
     packages::require_root("`cargo xtask bench`")?;
     step("packages and toolchains", || {
         packages::require(&[COMPILER, IP, NSENTER, NFT])?;
         toolchain::stable()
     })?;
     step("kernel programs", || ebpf::build().map(drop))?;
-    step("release build", || {
-        let mut build = cargo(STABLE);
-        build.current_dir(root()).args(["build", "--release", "--bins"]);
-        run(build.args(PACKAGES.iter().flat_map(|package| ["--package", package])))
-    })?;
+    step("release build", || build(&PACKAGES))?;
     let target = root().join("target");
     let mut bench = Command::new(target.join("release/mesh-bench"));
     bench.arg("run").arg("--out").arg(target.join("bench"));
@@ -82,6 +95,27 @@ pub(crate) fn bench(wanted: &Wanted) -> anyhow::Result<()> {
     }
     let flags = [("--down", wanted.down), ("--shared-processors", wanted.shared_processors)];
     bench.args(flags.into_iter().filter(|(_, is_set)| *is_set).map(|(flag, _)| flag));
+    measure(&mut bench)
+}
+
+/// Needs neither root nor kernel programs: no connection is made.
+fn policy(repeat: Option<u32>) -> anyhow::Result<()> {
+    step("toolchain", toolchain::stable)?;
+    step("release build", || build(&["mesh-bench"]))?;
+    let target = root().join("target");
+    let mut bench = Command::new(target.join("release/mesh-bench"));
+    bench.arg("policy").arg("--out").arg(target.join("bench"));
+    bench.args(repeat.iter().flat_map(|repeat| ["--repeat".to_owned(), repeat.to_string()]));
+    measure(&mut bench)
+}
+
+fn build(packages: &[&str]) -> anyhow::Result<()> {
+    let mut build = cargo(STABLE);
+    build.current_dir(root()).args(["build", "--release", "--bins"]);
+    run(build.args(packages.iter().flat_map(|package| ["--package", package])))
+}
+
+fn measure(bench: &mut Command) -> anyhow::Result<()> {
     let status = bench.status().context("mesh-bench could not be started")?;
     if !status.success() {
         bail!("the benchmark ended with {status}");

@@ -6,6 +6,7 @@
 //!   load    the load: a client and a server, ordinary blocking sockets, in the pods
 //!  run      interleaved rounds
 //! report    medians, ratios, JSON, Markdown, SVG
+//! policy    what policy costs by itself
 //! ```
 //!
 //! Only the proxies' CPU time and memory are counted; the load's are not. A path that cannot be run is named with its
@@ -15,6 +16,7 @@ pub mod envoy;
 pub mod load;
 pub mod machine;
 pub mod plan;
+pub mod policy;
 pub mod report;
 pub mod run;
 pub mod stage;

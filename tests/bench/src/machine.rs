@@ -32,7 +32,7 @@ pub fn describe(conditions: &Conditions) -> Machine {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
     Machine {
-        cpu: cpu(&read("/proc/cpuinfo")),
+        cpu: processor(),
         cores: std::thread::available_parallelism().map_or(1, usize::from),
         memory_bytes: memory(&read("/proc/meminfo")),
         kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
@@ -41,6 +41,11 @@ pub fn describe(conditions: &Conditions) -> Machine {
         proxy_workers: conditions.proxy_workers,
         stream_direction: conditions.stream_direction.clone(),
     }
+}
+
+/// The processor's name and features that matter to encryption.
+pub fn processor() -> String {
+    cpu(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
 }
 
 fn cpu(text: &str) -> String {

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
-use mesh_bench::{load, plan::Selection, run, stage};
+use mesh_bench::{load, plan::Selection, policy, run, stage};
 
 #[derive(Parser)]
 #[command(name = "mesh-bench")]
@@ -17,6 +17,8 @@ struct CommandLine {
 enum Command {
     /// Measures, and writes latest.json, latest.md and latest.svg
     Run(Run),
+    /// Measures policy by itself, and writes policy.json and policy.md
+    Policy(Policy),
     /// The client of the load; orders come on standard input
     Load,
     /// The server of the load
@@ -54,9 +56,20 @@ struct Run {
     out: PathBuf,
 }
 
+#[derive(clap::Args)]
+struct Policy {
+    /// Rounds
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    repeat: u32,
+    /// Where the results are written
+    #[arg(long)]
+    out: PathBuf,
+}
+
 fn main() -> ExitCode {
     let done = match CommandLine::parse().command {
         Command::Run(wanted) => measure(wanted),
+        Command::Policy(wanted) => measure_policy(&wanted),
         Command::Load => load::client::obey(),
         Command::Serve => load::server::serve().map_err(Into::into),
     };
@@ -91,6 +104,16 @@ fn measure(wanted: Run) -> Result<()> {
     ensure!(!report.rows.is_empty(), "nothing could be measured: {:?}", report.absent);
     println!("{}", report.markdown());
     for path in run::write(&report, &wanted.out)? {
+        eprintln!("bench: wrote {}", path.display());
+    }
+    Ok(())
+}
+
+fn measure_policy(wanted: &Policy) -> Result<()> {
+    stage::prepare_folder(&wanted.out)?;
+    let figures = policy::measure(wanted.repeat)?;
+    println!("{}", figures.markdown());
+    for path in policy::write(&figures, &wanted.out)? {
         eprintln!("bench: wrote {}", path.display());
     }
     Ok(())
