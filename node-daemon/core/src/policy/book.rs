@@ -72,7 +72,9 @@ pub(super) struct Book<'a> {
     pub(super) peer_authentications: Vec<Candidate<'a, &'a PeerAuthentication>>,
     pub(super) policies: Vec<Candidate<'a, &'a Policy>>,
     pub(super) mesh_policies: Vec<Candidate<'a, &'a Policy>>,
-    pub(super) authorizations: Vec<Candidate<'a, Authorization<'a>>>,
+    authorizations: Vec<Candidate<'a, Authorization<'a>>>,
+    /// Where the objects of each namespace stand in [`Self::authorizations`], in their order.
+    authorizations_of: BTreeMap<&'a str, Vec<usize>>,
     pub(super) request_authentications: Vec<Candidate<'a, &'a RequestAuthentication>>,
     /// `Err`: an ALLOW that could not be read among [`Self::authorizations`].
     pub(super) unreadable_grants: BTreeSet<&'a str>,
@@ -93,6 +95,7 @@ impl<'a> Book<'a> {
             policies: Vec::new(),
             mesh_policies: Vec::new(),
             authorizations: Vec::new(),
+            authorizations_of: BTreeMap::new(),
             request_authentications: Vec::new(),
             unreadable_grants: BTreeSet::new(),
             switch: choose_switch(objects, &mesh.root_namespace, notes),
@@ -108,7 +111,20 @@ impl<'a> Book<'a> {
         by_age(&mut book.mesh_policies);
         by_age(&mut book.authorizations);
         by_age(&mut book.request_authentications);
+        for (index, candidate) in book.authorizations.iter().enumerate() {
+            book.authorizations_of.entry(&candidate.name.namespace).or_default().push(index);
+        }
         book
+    }
+
+    /// The `AuthorizationPolicy` objects that speak for workloads of `own`, the oldest first. A workload asks for its own
+    /// scope only: otherwise each would pay for the policies of the whole mesh.
+    pub(super) fn authorizations(&self, own: &str) -> Vec<&Candidate<'a, Authorization<'a>>> {
+        let namespaces = BTreeSet::from([own, self.mesh.root_namespace.as_str(), ""]);
+        let lists = namespaces.into_iter().filter_map(|namespace| self.authorizations_of.get(namespace));
+        let mut indices: Vec<usize> = lists.flatten().copied().collect();
+        indices.sort_unstable();
+        indices.into_iter().map(|index| &self.authorizations[index]).collect()
     }
 
     /// Whether an object of `namespace` speaks for workloads of `own`: the root namespace speaks for all.

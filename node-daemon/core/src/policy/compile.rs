@@ -82,6 +82,9 @@ fn destination(
     notes: &mut Notes,
 ) -> DestinationRules {
     let owners = owners(workload, inventory.services);
+    let mut authorizations = book.authorizations(&workload.name.namespace);
+    authorizations.retain(|candidate| is_selected(candidate, workload));
+    let authorizations = authorizations.as_slice();
     let declared = workload.ports.iter().map(|port| port.port);
     let by_peer_authentication = book
         .peer_authentications
@@ -93,12 +96,12 @@ fn destination(
         .into_iter()
         .map(|port| {
             let owner = owners.get(&port);
-            let place =
-                Place { workload, port: Some(port), protocol: protocol(workload, port, owner), owner };
+            let protocol = protocol(workload, port, owner);
+            let place = Place { workload, port: Some(port), protocol, owner, authorizations };
             (port, port_rules(&place, book, notes))
         })
         .collect();
-    let place = Place { workload, port: None, protocol: Protocol::Tcp, owner: None };
+    let place = Place { workload, port: None, protocol: Protocol::Tcp, owner: None, authorizations };
     DestinationRules { named, other: port_rules(&place, book, notes) }
 }
 
@@ -148,7 +151,7 @@ fn port_rules(place: &Place<'_>, book: &Book<'_>, notes: &mut Notes) -> PortRule
     let (transport, authentication) = transport(place, book, notes);
     let (authorisation, is_tried) = authorisation(place, book, Tried::Ignored, notes);
     let shadow = is_tried.then(|| self::authorisation(place, book, Tried::Enforced, notes).0);
-    let audits = audits(place, book);
+    let audits = audits(place);
     let asks_requests = authentication.asks()
         || authorisation.asks_requests()
         || shadow.as_ref().is_some_and(Authorisation::asks_requests)
@@ -184,8 +187,7 @@ fn authorisation(
     if let Some((_, label)) = book.unknown.iter().find(|(namespace, _)| book.is_in_scope(namespace, own)) {
         return (Authorisation::Unusable((*label).clone()), false);
     }
-    let has_dry_run =
-        selected(place, book).any(|(_, body)| body.written.is_dry_run && body.written.decides());
+    let has_dry_run = selected(place).any(|(_, body)| body.written.is_dry_run && body.written.decides());
     match policies(place, book, tried, notes) {
         Some(decided) => (decided, has_dry_run),
         None => {
@@ -195,33 +197,29 @@ fn authorisation(
     }
 }
 
-fn selected<'b>(
-    place: &Place<'b>,
-    book: &'b Book<'_>,
-) -> impl Iterator<Item = (&'b Arc<str>, &'b Authorization<'b>)> {
-    let workload = place.workload;
-    let here = book.authorizations.iter().filter(move |candidate| is_selected(candidate, workload, book));
-    here.filter_map(|candidate| Some((candidate.label, candidate.body.as_ref().ok()?)))
+/// Those of the workload's that could be read.
+fn selected<'b>(place: &Place<'b>) -> impl Iterator<Item = (&'b Arc<str>, &'b Authorization<'b>)> {
+    place.authorizations.iter().filter_map(|candidate| Some((candidate.label, candidate.body.as_ref().ok()?)))
 }
 
 /// policy F-3
-fn audits(place: &Place<'_>, book: &Book<'_>) -> Vec<NamedRules> {
-    let audits = selected(place, book)
-        .filter(|(_, body)| body.written.action == Action::Audit && !body.written.is_dry_run);
+fn audits(place: &Place<'_>) -> Vec<NamedRules> {
+    let audits =
+        selected(place).filter(|(_, body)| body.written.action == Action::Audit && !body.written.is_dry_run);
     audits.map(|(_, body)| body.rules.clone()).collect()
 }
 
 /// `None`: no policy of the current API decides here.
 fn policies(place: &Place<'_>, book: &Book<'_>, tried: Tried, notes: &mut Notes) -> Option<Authorisation> {
     let is_replaceable = |label: &str| book.unreadable_grants.contains(label);
-    let here = book.authorizations.iter().filter(|candidate| is_selected(candidate, place.workload, book));
-    let mut unreadable = here.filter(|candidate| candidate.body.is_err()).map(|candidate| candidate.label);
+    let unreadable = place.authorizations.iter().filter(|candidate| candidate.body.is_err());
+    let mut unreadable = unreadable.map(|candidate| candidate.label);
     if let Some(label) = unreadable.clone().find(|label| !is_replaceable(label)) {
         return Some(Authorisation::Unusable(label.clone()));
     }
     let with = |action: Action| {
         let counts = move |body: &Authorization<'_>| tried == Tried::Enforced || body.written.is_enforced();
-        let enforced = selected(place, book).filter(move |(_, body)| counts(body));
+        let enforced = selected(place).filter(move |(_, body)| counts(body));
         enforced.filter(move |(_, body)| body.written.action == action).map(|(_, body)| body.rules.clone())
     };
     let denials: Vec<NamedRules> = with(Action::Custom).chain(with(Action::Deny)).collect();
@@ -256,8 +254,8 @@ fn note_policies(
         }
     }
     let (Protocol::Tcp, Some(port)) = (place.protocol, place.port) else { return };
-    let place = format!("port {port} of {}, which carries TCP", place.workload.name);
-    for (label, body) in selected_of(book, denials, grants) {
+    let words = format!("port {port} of {}, which carries TCP", place.workload.name);
+    for (label, body) in selected(place).filter(|(_, body)| body.written.is_enforced()) {
         let consequence = match body.written.action {
             Action::Allow => "this rule never matches on",
             Action::Deny | Action::Custom => "this rule is judged without them and denies more on",
@@ -267,30 +265,20 @@ fn note_policies(
             body.written.rules.iter().enumerate().filter(|(_, r)| !r.request_fields.is_empty())
         {
             let fields = rule.request_fields.join(", ");
-            let sentence = format!("{fields}: only a request can answer, so {consequence} {place}");
+            let sentence = format!("{fields}: only a request can answer, so {consequence} {words}");
             notes.problem(label, &format!("spec.rules[{index}]"), sentence);
         }
     }
 }
 
-fn selected_of<'b>(
-    book: &'b Book<'_>,
-    denials: &'b [NamedRules],
-    grants: &'b [NamedRules],
-) -> impl Iterator<Item = (&'b Arc<str>, &'b Authorization<'b>)> {
-    let is_among = move |label: &str| denials.iter().chain(grants).any(|rules| *rules.policy == *label);
-    let among = book.authorizations.iter().filter(move |candidate| is_among(candidate.label));
-    among.filter_map(|candidate| Some((candidate.label, candidate.body.as_ref().ok()?)))
-}
-
-fn is_selected(candidate: &Candidate<'_, Authorization<'_>>, workload: &Workload, book: &Book<'_>) -> bool {
-    book.is_in_scope(&candidate.name.namespace, &workload.name.namespace)
-        && match &candidate.body {
-            Ok(body) => selects(&body.written.selector, workload),
-            Err(Reach::Selected(selector)) => selects(selector, workload),
-            Err(Reach::Scope | Reach::Unreadable) => true,
-            Err(Reach::Targets(_) | Reach::Nobody) => false,
-        }
+/// Whether an object of the workload's scope selects it.
+fn is_selected(candidate: &Candidate<'_, Authorization<'_>>, workload: &Workload) -> bool {
+    match &candidate.body {
+        Ok(body) => selects(&body.written.selector, workload),
+        Err(Reach::Selected(selector)) => selects(selector, workload),
+        Err(Reach::Scope | Reach::Unreadable) => true,
+        Err(Reach::Targets(_) | Reach::Nobody) => false,
+    }
 }
 
 /// The 2018 API (policy B-1, B-2, B-4). And whether anything of it is only tried.

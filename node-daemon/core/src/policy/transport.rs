@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use super::{
     authentication::{Authentication, OriginStep},
     authn_v1alpha1::{DEFAULT_NAME, Policy, PortSelector, Target, Tokens},
-    book::{Book, Candidate, Notes},
+    book::{Authorization, Book, Candidate, Notes},
     objects::Reach,
     request_authentication::RequestAuthentication,
     rules::Transport,
@@ -23,6 +23,8 @@ pub(super) struct Place<'a> {
     pub(super) port: Option<u16>,
     pub(super) protocol: Protocol,
     pub(super) owner: Option<&'a Owner<'a>>,
+    /// Those that select the workload, the oldest first.
+    pub(super) authorizations: &'a [&'a Candidate<'a, Authorization<'a>>],
 }
 
 /// The service on whose behalf a port is open, and which of its ports lead there (policy A-4, H-1).
