@@ -3,7 +3,7 @@
 //! Every front end of this room reads through [`Fields`], so a key that nobody asked for is refused in one place:
 //! a misspelled restriction must not become no restriction.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use ipnet::IpNet;
 use serde_json::{Map, Value};
@@ -60,6 +60,9 @@ pub(super) struct Item<'a> {
     pub(super) value: &'a Value,
 }
 
+/// Names that most mappings have at most: room for them is made at once. More are taken too.
+const FIELDS_EXPECTED: usize = 16;
+
 /// The fields of one mapping.
 pub(super) struct Fields<'a> {
     path: String,
@@ -70,7 +73,7 @@ pub(super) struct Fields<'a> {
 impl<'a> Fields<'a> {
     pub(super) fn open(item: &Item<'a>) -> Result<Self, Fault> {
         let map = item.value.as_object().ok_or_else(|| item.fault("a mapping", "write key: value pairs"))?;
-        Ok(Self { path: item.path.clone(), map, known: Vec::new() })
+        Ok(Self { path: item.path.clone(), map, known: Vec::with_capacity(FIELDS_EXPECTED) })
     }
 
     /// The fields beneath `spec`. A missing or null spec counts as empty.
@@ -105,8 +108,8 @@ impl<'a> Fields<'a> {
                 "remove one of the two spellings",
             ));
         }
-        let key = if written(name).is_some() { name } else { snake.as_str() };
-        Ok(written(key).map(|value| Item { path: self.path_of(key), value }))
+        let found = [name, &*snake].into_iter().find_map(|key| Some((key, written(key)?)));
+        Ok(found.map(|(key, value)| Item { path: self.path_of(key), value }))
     }
 
     /// The value of `name`; null counts as absent, as in the protobuf JSON mapping.
@@ -174,7 +177,8 @@ impl<'a> Fields<'a> {
 
     /// Refuses what nobody asked for.
     pub(super) fn finish(self) -> Result<(), Fault> {
-        let is_known = |key: &str| self.known.iter().any(|name| key == *name || key == snake_case(name));
+        let is_known =
+            |key: &str| self.known.contains(&key) || self.known.iter().any(|n| key == snake_case(n));
         match self.map.iter().find(|(key, _)| !is_known(key)) {
             None => Ok(()),
             Some((key, value)) => Err(Fault::new(
@@ -287,8 +291,11 @@ pub(super) fn is_label(text: &str) -> bool {
     crate::decode::is_label(text)
 }
 
-/// `peerIsOptional` as `peer_is_optional`.
-fn snake_case(name: &str) -> String {
+/// `peerIsOptional` as `peer_is_optional`. Most names are one word, which is the same in both spellings.
+fn snake_case(name: &str) -> Cow<'_, str> {
+    if !name.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        return Cow::Borrowed(name);
+    }
     let mut snake = String::with_capacity(name.len() + 4);
     for character in name.chars() {
         if character.is_ascii_uppercase() {
@@ -296,5 +303,5 @@ fn snake_case(name: &str) -> String {
         }
         snake.push(character.to_ascii_lowercase());
     }
-    snake
+    Cow::Owned(snake)
 }
