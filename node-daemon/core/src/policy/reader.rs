@@ -84,7 +84,7 @@ impl<'a> Fields<'a> {
     }
 
     pub(super) fn path_of(&self, name: &str) -> String {
-        format!("{}.{name}", self.path)
+        [&*self.path, ".", name].concat()
     }
 
     /// A refusal of the mapping as a whole.
@@ -158,7 +158,7 @@ impl<'a> Fields<'a> {
         };
         let mut labels = BTreeMap::new();
         for (key, value) in map {
-            let entry = Item { path: format!("{}.{key}", item.path), value };
+            let entry = Item { path: [&*item.path, ".", key].concat(), value };
             labels.insert(key.clone(), entry.text()?.to_owned());
         }
         Ok(Some(labels))
@@ -210,7 +210,8 @@ impl<'a> Item<'a> {
     pub(super) fn items(&self) -> Result<Vec<Item<'a>>, Fault> {
         let expected = || self.fault("a list", "write [a, b], or one entry a line, each with a dash");
         let values = self.value.as_array().ok_or_else(expected)?.iter().enumerate();
-        Ok(values.map(|(index, value)| Item { path: format!("{}[{index}]", self.path), value }).collect())
+        let path = |index: usize| [&*self.path, "[", &index.to_string(), "]"].concat();
+        Ok(values.map(|(index, value)| Item { path: path(index), value }).collect())
     }
 
     /// A port as the protobuf JSON mapping of an int32 allows it: a number, or the number in quotes.
