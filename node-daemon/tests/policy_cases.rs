@@ -376,7 +376,7 @@ fn beside_a_file_that_cannot_be_used_the_others_are_run_and_the_status_is_2() {
     assert_eq!(said.status, Some(2));
     assert!(said.stdout.starts_with("mails: it cannot be run: cases[1].request.protocol"), "{}", said.stdout);
     assert!(said.stdout.ends_with("\n2 passed, 1 failed\n"), "{}", said.stdout);
-    assert!(said.stderr.contains("one-bad.yaml:15: cases[1].request.protocol"), "{}", said.stderr);
+    assert!(said.stderr.contains("one-bad.yaml:18: cases[1].request.protocol"), "{}", said.stderr);
     let said = run(&[&one_bad, "--only", "reads"]);
     assert_eq!((said.status, &*said.stdout), (Some(0), "1 passed, 0 failed\n"), "{}", said.stderr);
     let said = run(&[&one_bad, "--output", "json"]);
