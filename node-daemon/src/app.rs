@@ -558,27 +558,29 @@ spec: {serviceAccount: web, node: node-a, addresses: [10.8.1.4], networkNamespac
 
     #[tokio::test]
     async fn lines_that_were_left_out_are_told_once_a_second() {
-        let (_reader, writer) = io::pipe().unwrap();
-        let (mut lines, end) = Lines::start(writer).unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        let (mut lines, _end) = Lines::start(writer).unwrap();
+        // Goes before the end, which waits for what is being written.
+        let _reader = reader;
         let events = Sink::new();
         tokio::time::pause();
         let telling = tokio::spawn(tell_lost_lines(lines.clone(), events.clone()));
-        // Nobody reads: the pipe takes 64 KiB, then the queue fills.
-        for _ in 0..LINES_WAITING_MAX + 1_000 {
-            lines.write_all(&[b'x'; 1024]).unwrap();
-        }
+        // Nobody reads: the pipe takes 64 KiB, the thread what it has in its hands, then the queue fills.
+        let mut fill = || {
+            for _ in 0..2 * LINES_WAITING_MAX + 1_000 {
+                lines.write_all(&[b'x'; 1024]).unwrap();
+            }
+        };
         let told = || {
             let text = events.metrics().text().unwrap();
             let line = text.lines().find(|line| line.contains(r#"culvert_limits_total{limit="log_lines"}"#));
             line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok())
         };
         for seconds in 1..=3 {
+            fill();
             sleep(LOST_LINES_LOOK + Duration::from_millis(1)).await;
             assert_eq!(told(), Some(seconds));
-            lines.write_all(b"x").unwrap();
         }
         telling.abort();
-        drop(_reader);
-        drop(end);
     }
 }
