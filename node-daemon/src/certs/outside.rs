@@ -22,7 +22,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 use super::{
     files::Material,
     store::{ALPN_MESH, ALPN_TUNNEL, Credentials},
-    verify::{NAMES_LISTED_MAX, PeerRefused, no_tls12, provider, why},
+    verify::{NAMES_LISTED_MAX, PeerRefused, no_tls12, provider, tls13_only, why},
 };
 
 /// A name that TLS cannot carry.
@@ -164,25 +164,5 @@ impl ServerCertVerifier for OutsideServer {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &provider().signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider().signature_verification_algorithms.supported_schemes()
-    }
+    tls13_only!();
 }
