@@ -22,7 +22,7 @@ mod wire;
 
 use std::{
     future::poll_fn,
-    pin::pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -202,39 +202,21 @@ async fn serve_http1<C: Side + Send + 'static>(
         .half_close(true)
         .serve_connection(wire, service)
         .with_upgrades();
-    let mut connection = pin!(connection);
-    let mut is_closing = false;
-    loop {
-        tokio::select! {
-            biased;
-            cut = registration.cut(), if !is_closing => match cut {
-                Cut::Rejudged => {
-                    is_closing = true;
-                    connection.as_mut().graceful_shutdown();
-                }
-                cut @ (Cut::Denied(_)
-                | Cut::Rerouted(_)
-                | Cut::Respoken(_)
-                | Cut::WorkloadLeft
-                | Cut::Drained) => return cut.into(),
-            },
-            () = site.closing().cancelled(), if !is_closing => {
-                is_closing = true;
-                connection.as_mut().graceful_shutdown();
-            }
-            served = connection.as_mut() => {
-                return match client.joined() {
-                    Some(Upgrade { client, joined: Some((server, exchange)) }) => {
-                        carry_upgraded::<C>(client, server, exchange, registration).await
-                    }
-                    Some(Upgrade { client: refused, joined: None }) => {
-                        close_refused::<C>(refused).await;
-                        ended(client, served)
-                    }
-                    None => ended(client, served),
-                };
-            }
+    let connection = pin!(connection);
+    let served =
+        match served(connection, http1::UpgradeableConnection::graceful_shutdown, site, registration).await {
+            Ok(served) => served,
+            Err(cut) => return cut.into(),
+        };
+    match client.joined() {
+        Some(Upgrade { client, joined: Some((server, exchange)) }) => {
+            carry_upgraded::<C>(client, server, exchange, registration).await
         }
+        Some(Upgrade { client: refused, joined: None }) => {
+            close_refused::<C>(refused).await;
+            ended(client, served)
+        }
+        None => ended(client, served),
     }
 }
 
@@ -255,7 +237,23 @@ async fn serve_http2<C: Side + Send + 'static>(
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
         .auto_date_header(false)
         .serve_connection(wire, service);
-    let mut connection = pin!(connection);
+    let connection = pin!(connection);
+    match served(connection, http2::Connection::graceful_shutdown, site, registration).await {
+        Ok(served) => ended(client, served),
+        Err(cut) => cut.into(),
+    }
+}
+
+/// Serves to the end; asked to close, in whichever version, it takes no further request and ends with those under way.
+///
+/// # Errors
+/// What ends it at once.
+async fn served<T: Future<Output = hyper::Result<()>>>(
+    mut connection: Pin<&mut T>,
+    shut: impl Fn(Pin<&mut T>),
+    site: &Site,
+    registration: &Registration,
+) -> Result<hyper::Result<()>, Cut> {
     let mut is_closing = false;
     loop {
         tokio::select! {
@@ -263,19 +261,19 @@ async fn serve_http2<C: Side + Send + 'static>(
             cut = registration.cut(), if !is_closing => match cut {
                 Cut::Rejudged => {
                     is_closing = true;
-                    connection.as_mut().graceful_shutdown();
+                    shut(connection.as_mut());
                 }
                 cut @ (Cut::Denied(_)
                 | Cut::Rerouted(_)
                 | Cut::Respoken(_)
                 | Cut::WorkloadLeft
-                | Cut::Drained) => return cut.into(),
+                | Cut::Drained) => return Err(cut),
             },
             () = site.closing().cancelled(), if !is_closing => {
                 is_closing = true;
-                connection.as_mut().graceful_shutdown();
+                shut(connection.as_mut());
             }
-            served = connection.as_mut() => return ended(client, served),
+            served = connection.as_mut() => return Ok(served),
         }
     }
 }
