@@ -25,6 +25,8 @@ mod host;
 
 mod keeper;
 
+mod netlink;
+
 mod pairs;
 
 mod plan;

@@ -12,10 +12,9 @@
     reason = "the kernel's attributes are many and grow; those not named here say nothing about our rules and routes"
 )]
 
-use std::{collections::BTreeSet, io, net::IpAddr, pin::pin};
+use std::{collections::BTreeSet, io, net::IpAddr};
 
 use ebpf_abi::LOOPBACK_IFINDEX;
-use futures_util::{Stream, StreamExt};
 use netlink_packet_route::{
     AddressFamily,
     address::{AddressAttribute, AddressFlags, AddressMessage},
@@ -23,9 +22,9 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
-use rtnetlink::{Handle, IpVersion};
-use tokio::task::JoinHandle;
+use rtnetlink::IpVersion;
 
+use super::netlink::{Failed, Netlink, collect};
 use crate::sys::Namespace;
 
 /// Table of our routes. Below 100, where the `sbr` plug-in of CNI begins, and none of the kernel's (253 to 255).
@@ -57,6 +56,12 @@ pub enum RouteError {
     /// `lo` is down: nothing can be delivered in this namespace.
     #[error("the interface lo is down; set it up in the namespace, then the workload is enrolled")]
     LoopbackDown,
+}
+
+impl From<Failed> for RouteError {
+    fn from(failed: Failed) -> Self {
+        Self::Kernel { call: failed.call, source: failed.source }
+    }
 }
 
 /// What is wanted in one namespace.
@@ -266,27 +271,7 @@ fn steps(observed: &Observed, plan: &Plan) -> Vec<Step> {
     steps
 }
 
-/// A connection to the kernel inside a namespace; closed, with its task, when dropped.
-struct Netlink {
-    handle: Handle,
-    task: JoinHandle<()>,
-}
-
-impl Drop for Netlink {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
 impl Netlink {
-    fn open(namespace: &Namespace) -> Result<Self, RouteError> {
-        let (connection, handle, _) = namespace
-            .visit(rtnetlink::new_connection_with_strict_check)
-            .and_then(|opened| opened)
-            .map_err(|source| RouteError::Kernel { call: "opening a netlink socket", source })?;
-        Ok(Self { handle, task: tokio::spawn(connection) })
-    }
-
     async fn observe(&self) -> Result<Observed, RouteError> {
         let mut observed = Observed::default();
         for link in collect("listing interfaces", self.handle.link().get().execute()).await? {
@@ -347,30 +332,6 @@ impl Netlink {
     }
 }
 
-/// All messages of a dump. A table or family that does not exist has none.
-async fn collect<T>(
-    call: &'static str,
-    messages: impl Stream<Item = Result<T, rtnetlink::Error>>,
-) -> Result<Vec<T>, RouteError> {
-    let mut messages = pin!(messages);
-    let mut collected = Vec::new();
-    while let Some(message) = messages.next().await {
-        match message {
-            Ok(message) => collected.push(message),
-            Err(rtnetlink::Error::NetlinkError(error))
-                if matches!(
-                    error.to_io().raw_os_error(),
-                    Some(nix::libc::ENOENT | nix::libc::EAFNOSUPPORT | nix::libc::EOPNOTSUPP)
-                ) =>
-            {
-                break;
-            }
-            Err(error) => return Err(fault(call, error)),
-        }
-    }
-    Ok(collected)
-}
-
 fn settle(
     call: &'static str,
     result: Result<(), rtnetlink::Error>,
@@ -382,17 +343,9 @@ fn settle(
         {
             Ok(())
         }
-        Err(error) => Err(fault(call, error)),
+        Err(error) => Err(Failed::of(call, error).into()),
         Ok(()) => Ok(()),
     }
-}
-
-fn fault(call: &'static str, error: rtnetlink::Error) -> RouteError {
-    let source = match error {
-        rtnetlink::Error::NetlinkError(error) => error.to_io(),
-        other => io::Error::other(other.to_string()),
-    };
-    RouteError::Kernel { call, source }
 }
 
 fn own_address(message: &AddressMessage) -> Option<OwnAddress> {

@@ -12,12 +12,11 @@ use ebpf_abi::{
     DirectEvent, DirectEventKind, Tuple, WorkloadNumber,
     limits::{SHORTCUT_AFTER_CLOSE_NANOS, SHORTCUTS_CLOSED_MAX},
 };
-use nix::time::{ClockId, clock_gettime};
 use node_core::workload::ObjectName;
 
 use super::veth;
 use crate::{
-    kernel::{Closed, Kernel, Shortcuts},
+    kernel::{self, Closed, Kernel, Shortcuts},
     sys::{Namespace, conntrack::Conntrack},
     telemetry::{Event, Sink},
 };
@@ -134,7 +133,10 @@ impl Trail {
 
     /// Removes what ended a minute ago, and what is more than [`SHORTCUTS_CLOSED_MAX`].
     pub(super) fn expire(&mut self) {
-        let now = now_nanos();
+        let now = match kernel::now_nanos() {
+            Ok(now) => now,
+            Err(error) => return self.failed("expiring shortcuts", &error),
+        };
         let is_due = |closed: &Closed, left: usize| {
             left > SHORTCUTS_CLOSED_MAX || closed.at_nanos.saturating_add(SHORTCUT_AFTER_CLOSE_NANOS) <= now
         };
@@ -166,10 +168,4 @@ fn ends_of(tuple: &Tuple) -> (SocketAddr, SocketAddr) {
         SocketAddr::new(tuple.source.into(), tuple.source_port),
         SocketAddr::new(tuple.target.into(), tuple.target_port),
     )
-}
-
-/// The clock of the kernel programs.
-fn now_nanos() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(std::time::Duration::from).unwrap_or_default();
-    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -15,7 +15,9 @@ use std::{
     pin::pin,
 };
 
-use futures_util::{Stream, StreamExt};
+use super::netlink::{Failed, Netlink, collect};
+use crate::sys::Namespace;
+use futures_util::StreamExt;
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     RouteNetlinkMessage,
@@ -24,10 +26,6 @@ use netlink_packet_route::{
     nsid::{NsidAttribute, NsidMessage},
     tc::TcAttribute,
 };
-use rtnetlink::Handle;
-use tokio::task::JoinHandle;
-
-use crate::sys::Namespace;
 
 /// Why packets of a pod take no shortcut. It works without one.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +49,12 @@ pub(super) enum NoShortcut {
     /// The kernel refused a question.
     #[error("{call} failed: {source}")]
     Kernel { call: &'static str, source: io::Error },
+}
+
+impl From<Failed> for NoShortcut {
+    fn from(failed: Failed) -> Self {
+        Self::Kernel { call: failed.call, source: failed.source }
+    }
 }
 
 /// Index of the host side of the veth that has the workload's `addresses`, an interface of `host`.
@@ -101,20 +105,7 @@ fn veth_of(link: &LinkMessage) -> Option<Veth> {
     other.filter(|_| is_veth).map(|other| Veth { other, namespace })
 }
 
-struct Netlink {
-    handle: Handle,
-    task: JoinHandle<()>,
-}
-
 impl Netlink {
-    fn open(namespace: &Namespace) -> Result<Self, NoShortcut> {
-        let (connection, handle, _) = namespace
-            .visit(rtnetlink::new_connection_with_strict_check)
-            .and_then(|opened| opened)
-            .map_err(|source| NoShortcut::Kernel { call: "opening a netlink socket", source })?;
-        Ok(Self { handle, task: tokio::spawn(connection) })
-    }
-
     async fn interface_of(&self, wanted: &[IpAddr]) -> Result<u32, NoShortcut> {
         let all = collect("listing addresses", self.handle.address().get().execute()).await?;
         let has_one = |attributes: &[AddressAttribute]| {
@@ -139,10 +130,8 @@ impl Netlink {
     async fn link(&self, index: u32) -> Result<Option<LinkMessage>, NoShortcut> {
         match collect("reading an interface", self.handle.link().get().match_index(index).execute()).await {
             Ok(links) => Ok(links.into_iter().next()),
-            Err(NoShortcut::Kernel { source, .. }) if source.raw_os_error() == Some(nix::libc::ENODEV) => {
-                Ok(None)
-            }
-            Err(error) => Err(error),
+            Err(failed) if failed.source.raw_os_error() == Some(nix::libc::ENODEV) => Ok(None),
+            Err(failed) => Err(failed.into()),
         }
     }
 
@@ -156,9 +145,7 @@ impl Netlink {
         let mut message = NetlinkMessage::from(RouteNetlinkMessage::GetNsId(question));
         message.header.flags = NLM_F_REQUEST;
         let mut handle = self.handle.clone();
-        let answers = handle
-            .request(message)
-            .map_err(|error| NoShortcut::Kernel { call, source: io::Error::other(error) })?;
+        let answers = handle.request(message).map_err(|error| Failed::of(call, error))?;
         let mut answers = pin!(answers);
         while let Some(answer) = answers.next().await {
             match answer.payload {
@@ -190,31 +177,6 @@ impl Netlink {
             })
         });
         Ok(kinds.into_iter().find(|kind| kind == "clsact" || kind == "ingress"))
-    }
-}
-
-impl Drop for Netlink {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-async fn collect<T>(
-    call: &'static str,
-    stream: impl Stream<Item = Result<T, rtnetlink::Error>>,
-) -> Result<Vec<T>, NoShortcut> {
-    let mut stream = pin!(stream);
-    let mut items = Vec::new();
-    while let Some(item) = stream.next().await {
-        items.push(item.map_err(|error| NoShortcut::Kernel { call, source: io_error(error) })?);
-    }
-    Ok(items)
-}
-
-fn io_error(error: rtnetlink::Error) -> io::Error {
-    match error {
-        rtnetlink::Error::NetlinkError(message) => message.to_io(),
-        other => io::Error::other(other),
     }
 }
 

@@ -71,7 +71,7 @@ use ebpf_abi::{
 
 pub use direct::{Direct, DirectEvents, DirectTable};
 pub use error::{KernelError, Report};
-pub use origins::{Announced, Deliveries, Exempt, Origins};
+pub use origins::{Announced, Deliveries, Exempt, Origins, now_nanos};
 pub use shortcut::{Closed, Shortcuts};
 
 use crate::sys::cgroup::cgroup_id;

@@ -185,7 +185,7 @@ pub(super) fn locked<T>(map: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The clock that the kernel programs read.
-fn now_nanos() -> Result<u64, KernelError> {
+pub fn now_nanos() -> Result<u64, KernelError> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).during(|| "reading the monotonic clock".to_owned())?;
     let now = std::time::Duration::from(now);
     Ok(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
