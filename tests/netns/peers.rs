@@ -16,6 +16,7 @@ use world::node::Node;
 use world::pod::{Family, Plan, Pod};
 
 use crate::cases::Cases;
+use crate::photo::change;
 use crate::{chat, flight, rpc, web};
 
 /// Ports of the web server: HTTP/1.1, and HTTP/2 without TLS.
@@ -152,22 +153,13 @@ impl Peers {
     /// Writes a document on all nodes, and waits until both daemons have a snapshot with it.
     #[track_caller]
     pub(crate) fn apply(&self, file: &str, text: &str) {
-        self.change(|| self.world.documents().put(file, text));
+        change([&self.a, &self.b], || self.world.documents().put(file, text));
     }
 
     /// Removes a document from all nodes, and waits until both daemons have a snapshot without it.
     #[track_caller]
     pub(crate) fn withdraw(&self, file: &str) {
-        self.change(|| self.world.documents().remove(file));
-    }
-
-    #[track_caller]
-    fn change(&self, how: impl FnOnce()) {
-        let watches = [self.a.watch(), self.b.watch()];
-        how();
-        for watch in watches {
-            watch.event("snapshot published", &[]);
-        }
+        change([&self.a, &self.b], || self.world.documents().remove(file));
     }
 
     /// One of another node than the servers, and one of the same.

@@ -150,13 +150,13 @@ impl Photo {
     /// Writes a document on all nodes, and waits until both daemons have a snapshot with it.
     #[track_caller]
     pub(crate) fn apply(&self, file: &str, text: &str) {
-        self.change(|| self.world.documents().put(file, text));
+        change([&self.a, &self.b], || self.world.documents().put(file, text));
     }
 
     /// Removes a document from all nodes, and waits until both daemons have a snapshot without it.
     #[track_caller]
     pub(crate) fn withdraw(&self, file: &str) {
-        self.change(|| self.world.documents().remove(file));
+        change([&self.a, &self.b], || self.world.documents().remove(file));
     }
 
     /// Starts what a case that failed has left dead.
@@ -174,13 +174,14 @@ impl Photo {
     pub(crate) fn withdraw_quietly(&self, file: &str) {
         self.world.documents().remove(file);
     }
+}
 
-    #[track_caller]
-    fn change(&self, how: impl FnOnce()) {
-        let watches = [self.a.watch(), self.b.watch()];
-        how();
-        for watch in watches {
-            watch.event("snapshot published", &[]);
-        }
+/// Changes documents, and waits until the daemons of these nodes have a snapshot with them.
+#[track_caller]
+pub(crate) fn change(nodes: [&Node; 2], how: impl FnOnce()) {
+    let watches = nodes.map(Node::watch);
+    how();
+    for watch in watches {
+        watch.event("snapshot published", &[]);
     }
 }
