@@ -60,10 +60,13 @@ fn refused(load: &Load) -> u64 {
     load.failed.iter().filter(|(step, _)| step.contains("ECONNREFUSED")).map(|(_, count)| count).sum()
 }
 
+/// Connections that are under way at one time while a daemon is killed, in each family.
+const PARALLEL: usize = 4;
+
 /// T-3 and the crash: 0 plaintext bytes, nothing refused in either family, new connections afterwards.
 fn crash_of_source(photo: &Photo) {
     let capture = photo.world.capture(&photo.a, NEEDLE);
-    let storms = FAMILIES.map(|family| photo.frontend.storm(storm(photo, family, u64::MAX, 4)));
+    let storms = FAMILIES.map(|family| photo.frontend.storm(storm(photo, family, u64::MAX, PARALLEL)));
     for storm in &storms {
         storm.progress(20, Duration::from_secs(20));
     }
@@ -95,7 +98,12 @@ fn crash_of_source(photo: &Photo) {
         let load = storm.stop();
         say(&format!("    {family:?}: {load:?}"));
         assert_eq!(refused(&load), 0, "{family:?}: {load:?}");
-        assert!(load.failed.keys().all(|step| !step.starts_with("connect")), "{family:?}: {load:?}");
+        // A connect that waits is never told of a reset: the kernel calls that ECONNREFUSED (`tcp_reset`). ECONNRESET is of a
+        // connection that stood before its thread ran again; there are no more of those than threads.
+        let stood = load.failed.get("connect ECONNRESET").copied().unwrap_or_default();
+        assert!(stood <= PARALLEL as u64, "{family:?}: {load:?}");
+        let waited = |step: &String| step.starts_with("connect") && step != "connect ECONNRESET";
+        assert!(!load.failed.keys().any(waited), "{family:?}: {load:?}");
     }
     capture.stop().assert_no_plaintext();
 }
